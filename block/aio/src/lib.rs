@@ -1,0 +1,1 @@
+//! I/O contexts: one thread, one loop, one ring, for stord.

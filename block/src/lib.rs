@@ -1,0 +1,1 @@
+//! Block graph, request path, drivers and jobs of stord.

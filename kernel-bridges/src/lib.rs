@@ -1,0 +1,1 @@
+//! Exports of stord: FUSE, VDUSE, vhost-user-blk, NBD.

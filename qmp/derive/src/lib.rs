@@ -1,0 +1,1 @@
+//! The derive that gives decode, encode and introspection of QAPI types.

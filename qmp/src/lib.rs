@@ -1,0 +1,1 @@
+//! QMP wire, schema types, visitor, introspection and session of stord.

@@ -1,0 +1,3 @@
+//! The stord daemon.
+
+fn main() {}
