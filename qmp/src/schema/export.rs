@@ -1,0 +1,111 @@
+//! Exports of block nodes.
+
+use crate::Qapi;
+
+/// What `block-export-add` and `--export` create.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct BlockExportOptions {
+    /// The type of the export and its own options.
+    #[qapi(union = "type")]
+    pub kind: BlockExportKind,
+    /// The export's unique id.
+    pub id: String,
+    /// Keep the export on its iothread although the node is elsewhere; default off.
+    pub fixed_iothread: Option<bool>,
+    /// The iothreads that serve the export; default several, chosen by the daemon.
+    pub iothread: Option<BlockExportIothreads>,
+    /// The exported node.
+    pub node_name: String,
+    /// Let users of the export write; default off.
+    pub writable: Option<bool>,
+    /// Complete writes only when they are on stable storage; default off.
+    pub writethrough: Option<bool>,
+    /// Let the node become inactive while exported; default off.
+    pub allow_inactive: Option<bool>,
+}
+
+/// A type of export and its own options.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+#[qapi(union)]
+pub enum BlockExportKind {
+    /// A regular file in a file system of its own.
+    Fuse(BlockExportOptionsFuse),
+}
+
+/// The iothreads of an export.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+#[qapi(alternate)]
+pub enum BlockExportIothreads {
+    /// One.
+    Single(String),
+    /// Several; the export's queues are spread over them.
+    Multi(Vec<String>),
+}
+
+/// Options of a FUSE export.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockExportOptionsFuse {
+    /// The regular file to mount over.
+    pub mountpoint: String,
+    /// Whether writes past the end make the node grow; default off.
+    pub growable: Option<bool>,
+    /// Whether other users may access the mount; default `auto`.
+    pub allow_other: Option<FuseExportAllowOther>,
+}
+
+/// Whether other users may access a FUSE export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum FuseExportAllowOther {
+    /// No.
+    Off,
+    /// Yes, or fail.
+    On,
+    /// Yes where the host permits it.
+    Auto,
+}
+
+/// The types of export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum BlockExportType {
+    /// A regular file in a file system of its own.
+    Fuse,
+}
+
+/// An export, as `query-block-exports` reports it.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockExportInfo {
+    /// The id.
+    pub id: String,
+    /// The type.
+    pub r#type: BlockExportType,
+    /// The exported node.
+    pub node_name: String,
+    /// Whether it is going away and waits for its last user.
+    pub shutting_down: bool,
+}
+
+/// What becomes of an export's users when it is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum BlockExportRemoveMode {
+    /// Nothing: the export stays if it has any.
+    Safe,
+    /// They are disconnected.
+    Hard,
+}
+
+/// Arguments of `block-export-del`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockExportDel {
+    /// The export to remove.
+    pub id: String,
+    /// What becomes of its users; default `safe`.
+    pub mode: Option<BlockExportRemoveMode>,
+}
+
+/// Event: an export is gone and its id is free.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+#[qapi(event = "BLOCK_EXPORT_DELETED")]
+pub struct BlockExportDeleted {
+    /// The export's id.
+    pub id: String,
+}
