@@ -1,0 +1,115 @@
+//! Operations carried out by system calls: on a blocking thread, or at once.
+
+// UNSAFETY: hands the buffers' addresses to a blocking thread.
+#![expect(
+    unsafe_code,
+    reason = "buffers are read and written by another thread's system call"
+)]
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use crate::executor::Local;
+use crate::op::{Action, Request, Resources};
+use crate::pool;
+use crate::remote::{self, Message};
+use crate::syscall::{self, Segments};
+
+/// An operation on its way to a blocking thread.
+struct Job {
+    fd: RawFd,
+    action: Action,
+    segments: Segments,
+}
+
+// SAFETY: the segments point into buffers that the operation's slot owns until `Complete` has been
+// received for it (see `op`), so they may be used from any thread until then.
+unsafe impl Send for Job {}
+
+impl Job {
+    fn run(&self) -> i32 {
+        // SAFETY: see the implementation of `Send`.
+        unsafe { syscall::perform(self.fd, self.action, &self.segments) }
+    }
+}
+
+/// Hands an operation to the pool of blocking threads.
+pub(crate) fn submit_to_pool(local: &Local, request: Request) -> u32 {
+    let job = Job {
+        fd: request.descriptor.as_raw_fd(),
+        action: request.action,
+        segments: syscall::segments(&request.buffers),
+    };
+    let slot = local.slots.borrow_mut().insert(Resources::of(request)).0;
+    let context = local.id;
+    pool::start(Box::new(move || {
+        let result = job.run();
+        // The context does not end before this operation, so it still receives.
+        let sent = remote::send(context, Message::Complete { slot, result });
+        debug_assert!(sent.is_ok(), "a context ended before its operations");
+    }));
+    slot
+}
+
+/// The same, but a read that the page cache can serve is done at once.
+pub(crate) fn submit_cached_or_to_pool(local: &Local, request: Request) -> u32 {
+    if matches!(request.action, Action::Read { .. })
+        && let Some(result) = try_inline(&request)
+    {
+        return completed(local, request, result);
+    }
+    submit_to_pool(local, request)
+}
+
+/// Carries an operation out before this returns.
+pub(crate) fn submit_inline(local: &Local, request: Request) -> u32 {
+    let segments = syscall::segments(&request.buffers);
+    let fd = request.descriptor.as_raw_fd();
+    // SAFETY: `request` owns the buffers across the call.
+    let result = unsafe { syscall::perform(fd, request.action, &segments) };
+    completed(local, request, result)
+}
+
+/// Tries a read or write that need not wait for a device.
+fn try_inline(request: &Request) -> Option<i32> {
+    let segments = syscall::segments(&request.buffers);
+    let fd = request.descriptor.as_raw_fd();
+    // SAFETY: `request` owns the buffers across the call.
+    let result = unsafe { syscall::perform_nowait(fd, request.action, &segments) };
+    (result >= 0).then_some(result)
+}
+
+/// Makes a slot for an operation that has been carried out.
+fn completed(local: &Local, request: Request, result: i32) -> u32 {
+    let slot = local.slots.borrow_mut().insert(Resources::of(request)).0;
+    local.complete(slot, result);
+    slot
+}
+
+/// Carries out the operation that a slot holds the buffers of, before this returns.
+pub(crate) fn perform_in_slot(local: &Local, slot: u32, action: Action) -> i32 {
+    let (fd, segments, _keep) = {
+        let mut slots = local.slots.borrow_mut();
+        let Some(resources) = &slots.at(slot).resources else {
+            return 0;
+        };
+        let buffers = resources.buffers.clone();
+        (
+            resources.descriptor.as_raw_fd(),
+            syscall::segments(&buffers),
+            buffers,
+        )
+    };
+    // SAFETY: `_keep` owns the buffers across the call.
+    unsafe { syscall::perform(fd, action, &segments) }
+}
+
+/// Whether an operation would be carried out without waiting for another process.
+pub(crate) fn is_ready(local: &Local, slot: u32, action: Action) -> bool {
+    let Action::Poll { events } = action else {
+        return true;
+    };
+    match &local.slots.borrow_mut().at(slot).resources {
+        Some(resources) => syscall::poll_now(resources.descriptor.as_raw_fd(), events) != 0,
+        None => true,
+    }
+}

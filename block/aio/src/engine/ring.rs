@@ -1,0 +1,337 @@
+//! The io_uring engine: everything submitted since the last turn goes to the kernel, and the loop
+//! sleeps, in one `io_uring_enter`.
+//!
+//! The ring belongs to one thread from its making to its end. Entries have 128 bytes, because
+//! some commands need them. The slots of module `op` keep what the entries point to; a segment
+//! array is needed until the entry is submitted only, since the kernel copies it then.
+//!
+//! One read of the mailbox's eventfd is always in flight; its completion is how other threads
+//! wake the loop.
+
+// UNSAFETY: submission queue entries carry pointers.
+#![expect(
+    unsafe_code,
+    reason = "submission queue entries carry pointers to buffers"
+)]
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use nix::errno::Errno;
+
+use super::Wait;
+use crate::buffer::IoBuffer;
+use crate::executor::Local;
+use crate::iovec::IoVec;
+use crate::op::{Action, Descriptor, Request, Resources, STREAM, Slot};
+use crate::remote;
+
+/// Submission queue entries: 32 KiB of memory for each context.
+const SUBMISSIONS: u32 = 256;
+/// Completion queue entries; more completions are kept by the kernel until these are read.
+const COMPLETIONS: u32 = 1024;
+/// Marks completions that nobody waits for.
+const UNATTENDED: u64 = u64::MAX;
+/// How many completions are looked at before they are acted on.
+const HARVEST: usize = 64;
+
+type Rings = IoUring<squeue::Entry128, cqueue::Entry>;
+
+pub(crate) struct Ring {
+    ring: RefCell<Rings>,
+    /// The slot of the read of the eventfd.
+    wake_slot: Cell<Option<u32>>,
+    /// So many entries are submitted at once, without waiting for the end of the turn.
+    batch: usize,
+}
+
+impl Ring {
+    /// Makes a ring for the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses, or is too old for what is needed here.
+    pub(crate) fn new(batch: u32) -> io::Result<Ring> {
+        let ring = make()?;
+        let features = ring.params();
+        let complete = features.is_feature_ext_arg()
+            && features.is_feature_nodrop()
+            && features.is_feature_submit_stable()
+            && features.is_feature_fast_poll();
+        if !complete {
+            return Err(Errno::ENOSYS.into());
+        }
+        // Some sandboxes allow the set-up and refuse the rest.
+        ring.submit()?;
+        Ok(Ring {
+            ring: RefCell::new(ring),
+            wake_slot: Cell::new(None),
+            batch: if batch == 0 {
+                SUBMISSIONS as usize
+            } else {
+                batch as usize
+            },
+        })
+    }
+
+    /// Starts to listen for other threads.
+    pub(crate) fn listen(&self, local: &Local) {
+        let eventfd = remote::mailbox(local.id).eventfd().as_raw_fd();
+        let request = Request {
+            descriptor: Descriptor::Static(eventfd),
+            action: Action::Read { offset: STREAM },
+            buffers: IoBuffer::zeroed(size_of::<u64>()).into(),
+        };
+        let slot = self.submit(local, request);
+        // Nobody waits for it, and it completes for good when it is cancelled.
+        local.slots.borrow_mut().orphan(slot);
+        self.wake_slot.set(Some(slot));
+    }
+
+    /// Queues an operation.
+    #[inline]
+    pub(crate) fn submit(&self, local: &Local, request: Request) -> u32 {
+        let action = request.action;
+        let (index, entry) = {
+            let mut slots = local.slots.borrow_mut();
+            let (index, slot) = slots.insert(Resources::of(request));
+            (index, entry(action, slot).user_data(index.into()))
+        };
+        self.push(local, &entry.into());
+        index
+    }
+
+    /// Queues a prepared entry, whose memory the resources own.
+    pub(crate) fn submit_entry(
+        &self,
+        local: &Local,
+        resources: Resources,
+        entry: squeue::Entry128,
+    ) -> u32 {
+        let (index, _) = local.slots.borrow_mut().insert(resources);
+        self.push(local, &entry.user_data(index.into()));
+        index
+    }
+
+    fn push(&self, local: &Local, entry: &squeue::Entry128) {
+        loop {
+            {
+                let mut ring = self.ring.borrow_mut();
+                let mut queue = ring.submission();
+                // SAFETY: what the entry points to is owned by its slot until it completes, or
+                // it points to nothing.
+                if unsafe { queue.push(entry) }.is_ok() {
+                    if queue.len() < self.batch {
+                        return;
+                    }
+                    drop(queue);
+                    drop(ring);
+                    self.enter(Wait::No);
+                    return;
+                }
+            }
+            self.enter(Wait::No);
+            // The kernel takes nothing more while completions overflow.
+            self.reap(local);
+        }
+    }
+
+    pub(crate) fn cancel(&self, local: &Local, slot: u32) {
+        let entry = opcode::AsyncCancel::new(slot.into())
+            .build()
+            .user_data(UNATTENDED);
+        self.push(local, &entry.into());
+    }
+
+    pub(crate) fn turn(&self, local: &Local, wait: Wait) {
+        let (nothing_done, nothing_queued, nothing_pending) = {
+            let mut ring = self.ring.borrow_mut();
+            let done = !ring.completion().is_empty();
+            let queue = ring.submission();
+            let pending = queue.taskrun() || queue.cq_overflow();
+            (!done, queue.is_empty(), !pending)
+        };
+        let wait = if nothing_done { wait } else { Wait::No };
+        if wait != Wait::No || !nothing_queued || !nothing_pending {
+            self.enter(wait);
+        }
+        self.reap(local);
+    }
+
+    pub(crate) fn has_events(&self) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        if !ring.completion().is_empty() {
+            return true;
+        }
+        let queue = ring.submission();
+        queue.taskrun() || queue.cq_overflow()
+    }
+
+    pub(crate) fn own_operations(&self) -> usize {
+        usize::from(self.wake_slot.get().is_some())
+    }
+
+    pub(crate) fn shut_down(&self, local: &Local) {
+        if let Some(slot) = self.wake_slot.take() {
+            self.cancel(local, slot);
+            while local.slots.borrow().len() > 0 {
+                self.turn(local, Wait::Forever);
+            }
+        }
+    }
+
+    fn enter(&self, wait: Wait) {
+        let ring = self.ring.borrow();
+        let result = match wait {
+            Wait::No => ring.submit(),
+            Wait::Forever => ring.submit_and_wait(1),
+            Wait::AtMost(time) => {
+                let time = timespec(time);
+                let args = SubmitArgs::new().timespec(&time);
+                ring.submitter().submit_with_args(1, &args)
+            }
+        };
+        let Err(error) = result else { return };
+        match error.raw_os_error().map(Errno::from_raw) {
+            // The time is over; a signal came; the completions must be read first; the kernel is
+            // short of memory for the moment. The loop comes back.
+            Some(Errno::ETIME | Errno::EINTR | Errno::EBUSY | Errno::EAGAIN) => {}
+            _ => panic!("io_uring_enter failed: {error}"),
+        }
+    }
+
+    /// Completes what the kernel has completed.
+    fn reap(&self, local: &Local) {
+        loop {
+            let mut space = [const { MaybeUninit::<cqueue::Entry>::uninit() }; HARVEST];
+            let completions = self.ring.borrow_mut().completion().fill(&mut space);
+            for completion in &*completions {
+                let data = completion.user_data();
+                if data == UNATTENDED {
+                    continue;
+                }
+                #[expect(clippy::cast_possible_truncation, reason = "it is a slot index")]
+                let slot = data as u32;
+                if self.wake_slot.get() == Some(slot) {
+                    self.listen_again(local, slot);
+                } else {
+                    local.complete(slot, completion.result());
+                }
+            }
+            if completions.len() < HARVEST {
+                return;
+            }
+        }
+    }
+
+    fn listen_again(&self, local: &Local, slot: u32) {
+        let action = Action::Read { offset: STREAM };
+        let entry = {
+            let mut slots = local.slots.borrow_mut();
+            entry(action, slots.at(slot)).user_data(slot.into())
+        };
+        self.push(local, &entry.into());
+    }
+}
+
+/// Makes a ring with the best flags that this kernel knows.
+fn make() -> io::Result<Rings> {
+    type Setup = fn(&mut io_uring::Builder<squeue::Entry128, cqueue::Entry>);
+    let steps: [Setup; 4] = [
+        |b| {
+            b.setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_no_sqarray();
+        },
+        |b| {
+            b.setup_single_issuer().setup_defer_taskrun();
+        },
+        |b| {
+            b.setup_single_issuer().setup_coop_taskrun();
+        },
+        |b| {
+            b.setup_coop_taskrun();
+        },
+    ];
+    let mut refused = Errno::EINVAL.into();
+    for step in steps {
+        let mut builder = Rings::builder();
+        builder
+            .dontfork()
+            .setup_clamp()
+            .setup_cqsize(COMPLETIONS)
+            .setup_submit_all()
+            .setup_taskrun_flag();
+        step(&mut builder);
+        match builder.build(SUBMISSIONS) {
+            Ok(ring) => return Ok(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(refused)
+}
+
+/// Writes the entry for an operation whose resources are in the slot.
+#[inline]
+fn entry(action: Action, slot: &mut Slot) -> squeue::Entry {
+    let resources = slot.resources.as_ref().expect("put there with the slot");
+    let fd = Fd(resources.descriptor.as_raw_fd());
+    match action {
+        Action::Read { offset } => match single(&resources.buffers) {
+            Some((ptr, len)) => opcode::Read::new(fd, ptr, len).offset(offset).build(),
+            None => {
+                let (list, count) = slot.describe();
+                opcode::Readv::new(fd, list, count).offset(offset).build()
+            }
+        },
+        Action::Write { offset, durable } => {
+            let flags = if durable { libc::RWF_DSYNC } else { 0 };
+            match single(&resources.buffers) {
+                Some((ptr, len)) => opcode::Write::new(fd, ptr, len)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+                None => {
+                    let (list, count) = slot.describe();
+                    opcode::Writev::new(fd, list, count)
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build()
+                }
+            }
+        }
+        Action::Fsync { data_only } => {
+            let flags = if data_only {
+                types::FsyncFlags::DATASYNC
+            } else {
+                types::FsyncFlags::empty()
+            };
+            opcode::Fsync::new(fd).flags(flags).build()
+        }
+        Action::Fallocate { mode, offset, len } => opcode::Fallocate::new(fd, len)
+            .offset(offset)
+            .mode(mode)
+            .build(),
+        Action::Poll { events } => opcode::PollAdd::new(fd, events).build(),
+    }
+}
+
+/// Address and length of the only buffer.
+fn single(buffers: &IoVec) -> Option<(*mut u8, u32)> {
+    match buffers.buffers() {
+        [buffer] => Some((buffer.as_ptr(), u32::try_from(buffer.len()).ok()?)),
+        _ => None,
+    }
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec::new()
+        .sec(time.as_secs())
+        .nsec(time.subsec_nanos())
+}
