@@ -1,0 +1,130 @@
+//! File names that lead to images: plain paths, `file:` names and `json:` descriptions.
+
+use std::path::Path;
+
+use stord_qmp::schema::block::{
+    BlockdevDriver, BlockdevOptions, BlockdevOptionsFile, BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevRef,
+};
+use stord_qmp::{Error, from_json};
+
+use super::format::Probed;
+use crate::driver::{Driver, FILE};
+use crate::graph::Node;
+
+/// The file name that leads to a node: that of its leaf.
+pub fn of_node(node: &Node) -> String {
+    match node.driver() {
+        Driver::Protocol(leaf) => leaf.filename(),
+        Driver::Format(_) => node.children().node(FILE).map_or_else(String::new, |file| of_node(&file)),
+    }
+}
+
+/// Options that open what `name` says, with the driver `format` above it where one is given.
+///
+/// A relative path is taken from the directory of `base`, the image that holds the name.
+///
+/// # Errors
+/// The description after `json:` is wrong, the protocol or the format is unknown.
+pub fn parse(name: &str, base: Option<&str>, format: Option<&str>) -> Result<BlockdevOptions, Error> {
+    if let Some(description) = name.strip_prefix("json:") {
+        return parse_description(description);
+    }
+    let file = BlockdevOptions::new(BlockdevDriver::File(BlockdevOptionsFile::new(resolve(name, base)?)));
+    match format {
+        None | Some("file") => Ok(file),
+        Some("raw") => with_format(file, Probed::Raw),
+        Some("qcow2") => with_format(file, Probed::Qcow2),
+        Some(other) => Err(Error::generic(format!("Unknown driver '{other}'"))),
+    }
+}
+
+/// Puts a format above the file that `file` opens.
+pub fn with_format(file: BlockdevOptions, format: Probed) -> Result<BlockdevOptions, Error> {
+    let below = BlockdevRef::Definition(Box::new(file));
+    Ok(BlockdevOptions::new(match format {
+        Probed::Raw => BlockdevDriver::Raw(BlockdevOptionsRaw::new(below)),
+        Probed::Qcow2 => BlockdevDriver::Qcow2(BlockdevOptionsQcow2::new(below)),
+    }))
+}
+
+fn parse_description(description: &str) -> Result<BlockdevOptions, Error> {
+    let value = stord_qmp::json_from_text(description).map_err(|error| error.context("Could not parse the JSON options"))?;
+    from_json(stord_qmp::nest(value)?)
+}
+
+fn resolve(name: &str, base: Option<&str>) -> Result<String, Error> {
+    let (path, had_prefix) = match name.strip_prefix("file:") {
+        Some(path) => (path, true),
+        None => (name, false),
+    };
+    if !had_prefix && let Some(protocol) = protocol_of(path) {
+        return Err(Error::generic(format!("Unknown protocol '{protocol}'")));
+    }
+    let directory = base.and_then(|base| Path::new(base).parent());
+    match directory {
+        Some(directory) if !path.starts_with('/') => {
+            let joined = directory.join(path);
+            joined
+                .into_os_string()
+                .into_string()
+                .map_err(|_| Error::generic(format!("The path of '{name}' is not valid UTF-8")))
+        }
+        _ => Ok(path.to_owned()),
+    }
+}
+
+/// The protocol in front of the first colon, unless a slash comes before it.
+fn protocol_of(name: &str) -> Option<&str> {
+    let (protocol, _) = name.split_once(':')?;
+    (!protocol.contains('/')).then_some(protocol)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filename_of(options: &BlockdevOptions) -> &str {
+        match &options.driver {
+            BlockdevDriver::File(file) => &file.filename,
+            BlockdevDriver::Raw(raw) => match &raw.file {
+                BlockdevRef::Definition(below) => filename_of(below),
+                BlockdevRef::Reference(name) => name,
+            },
+            BlockdevDriver::Qcow2(qcow2) => match &qcow2.file {
+                BlockdevRef::Definition(below) => filename_of(below),
+                BlockdevRef::Reference(name) => name,
+            },
+            other => panic!("no file name in {}", other.name()),
+        }
+    }
+
+    #[test]
+    fn relative_names_start_at_the_image_that_holds_them() {
+        let options = parse("base.img", Some("/images/top.qcow2"), Some("raw")).unwrap();
+        assert_eq!(filename_of(&options), "/images/base.img");
+        assert_eq!(options.driver.name(), "raw");
+    }
+
+    #[test]
+    fn absolute_and_prefixed_names_are_taken_as_they_are() {
+        assert_eq!(filename_of(&parse("/a/b", Some("/c/d"), None).unwrap()), "/a/b");
+        assert_eq!(filename_of(&parse("file:x:y", None, None).unwrap()), "x:y");
+        assert_eq!(filename_of(&parse("./x:y", None, None).unwrap()), "./x:y");
+    }
+
+    #[test]
+    fn unknown_protocols_and_formats_are_named() {
+        assert_eq!(parse("nbd:localhost", None, None).unwrap_err().message, "Unknown protocol 'nbd'");
+        assert_eq!(parse("x", None, Some("vmdk")).unwrap_err().message, "Unknown driver 'vmdk'");
+    }
+
+    #[test]
+    fn json_names_describe_a_node() {
+        let options = parse(r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/a"}}"#, None, None).unwrap();
+        assert_eq!(options.driver.name(), "qcow2");
+        assert_eq!(filename_of(&options), "/a");
+        let dotted = parse(r#"json:{"driver":"raw","file.driver":"file","file.filename":"/b"}"#, None, None).unwrap();
+        assert_eq!(filename_of(&dotted), "/b");
+        assert!(parse("json:{", None, None).is_err());
+    }
+}

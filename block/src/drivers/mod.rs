@@ -1,0 +1,5 @@
+//! The drivers, and the names that lead to them.
+
+pub mod filename;
+pub mod format;
+pub mod protocol;

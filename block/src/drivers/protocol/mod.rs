@@ -1,0 +1,4 @@
+//! Leaves: drivers that take whole requests to a file, a device or nothing.
+
+pub mod file;
+pub mod null;

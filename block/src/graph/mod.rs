@@ -1,0 +1,329 @@
+//! The graph of nodes: who is a child of whom, who claims what of whom, and every change of that.
+//!
+//! [`Graph`] lives on the control thread and is the only writer. Its changes are transactions: they prepare, and then either commit or
+//! leave everything as it was. What I/O contexts see of the graph (`edge`, [`crate::Backend`]) changes only in drained sections.
+
+mod claims;
+mod drain;
+mod edge;
+mod info;
+mod node;
+mod open;
+mod permission;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::{Arc, Weak};
+
+use stord_aio::sync;
+use stord_qmp::schema::block::BlockdevOptions;
+use stord_qmp::{Error, ErrorClass};
+
+pub use claims::storage_claim;
+pub use drain::DrainedSection;
+pub use edge::{Children, Claim, Edge};
+pub use node::{DetectZeroes, Node, NodeOptions};
+pub use permission::Permissions;
+
+use crate::backend::{Backend, Root};
+use crate::contexts::Contexts;
+use crate::driver::Driver;
+use crate::io;
+use claims::{Parent, Parents, Plan};
+
+/// The nodes and their users.
+pub struct Graph {
+    contexts: Rc<Contexts>,
+    /// Every node, in the order of opening.
+    nodes: RefCell<Vec<Arc<Node>>>,
+    /// The nodes that `blockdev-add` made and `blockdev-del` may remove.
+    monitor_owned: RefCell<Vec<Arc<Node>>>,
+    roots: RefCell<Vec<Weak<Root>>>,
+    /// Children held by nodes that are still opening.
+    opening: RefCell<Vec<(String, Children)>>,
+    unnamed: Cell<u64>,
+    /// One change at a time.
+    change: sync::Mutex<()>,
+}
+
+impl Graph {
+    /// An empty graph.
+    pub fn new(contexts: Rc<Contexts>) -> Self {
+        Self {
+            contexts,
+            nodes: RefCell::default(),
+            monitor_owned: RefCell::default(),
+            roots: RefCell::default(),
+            opening: RefCell::default(),
+            unnamed: Cell::new(0),
+            change: sync::Mutex::new(()),
+        }
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find(&self, node_name: &str) -> Result<Arc<Node>, Error> {
+        self.lookup(node_name)
+            .ok_or_else(|| Error::generic(format!("Cannot find device='' nor node-name='{node_name}'")))
+    }
+
+    fn lookup(&self, node_name: &str) -> Option<Arc<Node>> {
+        self.nodes.borrow().iter().find(|node| node.name() == node_name).cloned()
+    }
+
+    /// Opens a node and everything it needs; the node stays until [`blockdev_del`](Self::blockdev_del).
+    ///
+    /// # Errors
+    /// What is wrong with the options, the image or the permissions. Nothing is left open then.
+    pub async fn blockdev_add(&self, options: BlockdevOptions) -> Result<(), Error> {
+        let _change = self.change.lock().await;
+        if options.node_name.is_none() {
+            return Err(Error::generic("'node-name' must be specified for the root node"));
+        }
+        let node = self.open(options).await?;
+        self.monitor_owned.borrow_mut().push(node);
+        Ok(())
+    }
+
+    /// Closes a node that `blockdev_add` made, and its children that nobody else uses.
+    ///
+    /// # Errors
+    /// There is no such node, it is in use, or it belongs to another node.
+    pub async fn blockdev_del(&self, node_name: &str) -> Result<(), Error> {
+        let _change = self.change.lock().await;
+        let node = self
+            .lookup(node_name)
+            .ok_or_else(|| Error::generic(format!("Failed to find node with node-name='{node_name}'")))?;
+        if self.roots_of(&node).next().is_some() {
+            return Err(Error::generic(format!("Node {node_name} is in use")));
+        }
+        let owned = self.monitor_owned.borrow().iter().position(|owned| Arc::ptr_eq(owned, &node));
+        let Some(owned) = owned else {
+            return Err(Error::generic(format!("Node {node_name} is not owned by the monitor")));
+        };
+        if self.has_parent_nodes(&node) {
+            return Err(Error::generic(format!("Block device {node_name} is in use")));
+        }
+        self.monitor_owned.borrow_mut().remove(owned);
+        self.close_unused(node).await;
+        Ok(())
+    }
+
+    /// Closes every node that no backend holds; for the end of the process.
+    pub async fn close_all(&self) {
+        let _change = self.change.lock().await;
+        loop {
+            let owned = self
+                .monitor_owned
+                .borrow()
+                .iter()
+                .rposition(|node| self.roots_of(node).next().is_none() && !self.has_parent_nodes(node));
+            let Some(at) = owned else { return };
+            let node = self.monitor_owned.borrow_mut().remove(at);
+            self.close_unused(node).await;
+        }
+    }
+
+    /// Attaches a new user to a node.
+    ///
+    /// `description` names the user in messages, as in "block export 'x'".
+    ///
+    /// # Errors
+    /// There is no such node, or another user of it does not share what this one needs.
+    pub async fn attach(&self, node_name: &str, description: &str, claim: Claim) -> Result<Backend, Error> {
+        let _change = self.change.lock().await;
+        let node = self.find(node_name)?;
+        let backend = Backend::new(description.to_owned(), Arc::clone(&node));
+        self.roots.borrow_mut().push(Arc::downgrade(backend.root()));
+        let _drained = self.drain(std::slice::from_ref(&node)).await;
+        let plan = Plan::make(self, &[node], vec![(Arc::clone(backend.root()), claim)]);
+        match plan {
+            Ok(plan) => plan.commit(),
+            Err(error) => {
+                backend.root().set_node(None);
+                return Err(error);
+            }
+        }
+        Ok(backend)
+    }
+
+    /// Ends a user: waits for its requests, flushes, and gives its claims back.
+    pub async fn detach(&self, backend: Backend) {
+        let _change = self.change.lock().await;
+        let Some(node) = backend.root().node() else { return };
+        let _drained = self.drain(std::slice::from_ref(&node)).await;
+        if !node.is_read_only() {
+            self.flush(&node).await;
+        }
+        backend.root().set_node(None);
+        self.roots.borrow_mut().retain(|root| root.upgrade().is_some_and(|root| root.node().is_some()));
+        self.release_claims(&[Arc::clone(&node)]);
+        drop(_drained);
+        if !self.is_used(&node) {
+            self.close_unused(node).await;
+        }
+    }
+
+    /// Changes a node's length, for `block_resize`.
+    ///
+    /// # Errors
+    /// There is no such node, it is read-only, a user of it forbids it, or the driver cannot.
+    pub async fn resize(&self, node_name: &str, size: u64) -> Result<(), Error> {
+        let claim = Claim {
+            permissions: Permissions::RESIZE,
+            shared: Permissions::all(),
+        };
+        let backend = self.attach(node_name, "block_resize", claim).await?;
+        let result = self.resize_drained(&backend, size).await;
+        self.detach(backend).await;
+        result
+    }
+
+    async fn resize_drained(&self, backend: &Backend, size: u64) -> Result<(), Error> {
+        let _change = self.change.lock().await;
+        let node = backend.root().node().ok_or_else(|| Error::generic("The node has gone"))?;
+        let _drained = self.drain(std::slice::from_ref(&node)).await;
+        let resized = {
+            let node = Arc::clone(&node);
+            self.contexts.main().run(move || async move { io::truncate(&node, size, true).await }).await
+        };
+        match resized {
+            Ok(Ok(())) => {
+                for root in self.roots_above(std::slice::from_ref(&node)) {
+                    if let (Some(listener), Some(node)) = (root.listener(), root.node()) {
+                        listener.resized(node.size());
+                    }
+                }
+                Ok(())
+            }
+            Ok(Err(errno)) => Err(Error::generic(format!("Could not resize '{}': {}", node.name(), errno.desc()))),
+            Err(gone) => Err(Error::generic(gone.to_string())),
+        }
+    }
+
+    async fn flush(&self, node: &Arc<Node>) {
+        let flushed = {
+            let node = Arc::clone(node);
+            self.contexts.main().run(move || async move { io::flush(&node).await }).await
+        };
+        if let Ok(Err(errno)) = flushed {
+            tracing::error!(node = node.name(), %errno, "flush failed: written data may be lost");
+        }
+    }
+
+    /// Closes a node and then, from the top down, each child that nobody uses any more.
+    async fn close_unused(&self, node: Arc<Node>) {
+        let mut unused = vec![node];
+        while let Some(node) = unused.pop() {
+            if !node.is_read_only() {
+                self.flush(&node).await;
+            }
+            if let Driver::Format(_) = node.driver() {
+                let closing = Arc::clone(&node);
+                let closed = self
+                    .contexts
+                    .main()
+                    .run(move || async move {
+                        match closing.driver() {
+                            Driver::Format(format) => format.close().await,
+                            Driver::Protocol(_) => Ok(()),
+                        }
+                    })
+                    .await;
+                if let Ok(Err(errno)) = closed {
+                    tracing::error!(node = node.name(), %errno, "closing the image failed");
+                }
+            }
+            self.nodes.borrow_mut().retain(|held| !Arc::ptr_eq(held, &node));
+            unused.extend(self.let_go(node.children()));
+        }
+    }
+
+    /// Empties all places for children; gives those children that have no other user.
+    fn let_go(&self, children: &Children) -> Vec<Arc<Node>> {
+        let mut orphans = Vec::new();
+        for edge in children.edges() {
+            let Some(child) = edge.node() else { continue };
+            edge.set_node(None);
+            edge.set_claim(Claim::NONE);
+            if self.is_used(&child) {
+                self.release_claims(&[child]);
+            } else {
+                orphans.push(child);
+            }
+        }
+        orphans
+    }
+
+    /// Works the claims below `start` out anew after a user has gone. Claims only shrink here, so a failure means no more than that
+    /// locks are held which are not needed.
+    fn release_claims(&self, start: &[Arc<Node>]) {
+        match Plan::make(self, start, Vec::new()) {
+            Ok(plan) => plan.commit(),
+            Err(error) => tracing::warn!(%error, "could not give up permissions"),
+        }
+    }
+
+    fn is_used(&self, node: &Arc<Node>) -> bool {
+        self.monitor_owned.borrow().iter().any(|owned| Arc::ptr_eq(owned, node))
+            || self.roots_of(node).next().is_some()
+            || self.has_parent_nodes(node)
+    }
+
+    fn has_parent_nodes(&self, node: &Arc<Node>) -> bool {
+        let holds = |children: &Children| children.edges().iter().any(|edge| edge.node().is_some_and(|child| Arc::ptr_eq(&child, node)));
+        self.nodes.borrow().iter().any(|parent| holds(parent.children()))
+            || self.opening.borrow().iter().any(|(_, children)| holds(children))
+    }
+
+    fn roots_of(&self, node: &Arc<Node>) -> impl Iterator<Item = Arc<Root>> {
+        let roots: Vec<Arc<Root>> = self.roots.borrow().iter().filter_map(Weak::upgrade).collect();
+        roots
+            .into_iter()
+            .filter(move |root| root.node().is_some_and(|held| Arc::ptr_eq(&held, node)))
+            .collect::<Vec<_>>()
+            .into_iter()
+    }
+}
+
+impl Parents for Graph {
+    fn parents_of(&self, node: &Arc<Node>, planned: &Plan) -> Vec<Parent> {
+        let mut parents: Vec<Parent> = self
+            .roots_of(node)
+            .map(|root| Parent {
+                description: root.name().to_owned(),
+                role: "root".to_owned(),
+                claim: planned.root_claim(&root).unwrap_or_else(|| root.claim()),
+            })
+            .collect();
+        let is_node = |edge: &Edge| edge.node().is_some_and(|child| Arc::ptr_eq(&child, node));
+        for parent in self.nodes.borrow().iter() {
+            for (id, edge) in (0u8..).map(crate::driver::ChildId).zip(parent.children().edges()) {
+                if is_node(edge) {
+                    parents.push(Parent {
+                        description: format!("node '{}'", parent.name()),
+                        role: edge.name().to_owned(),
+                        claim: planned.edge_claim(parent, id).unwrap_or_else(|| edge.claim()),
+                    });
+                }
+            }
+        }
+        for (name, children) in self.opening.borrow().iter() {
+            for edge in children.edges().iter().filter(|edge| is_node(edge)) {
+                parents.push(Parent {
+                    description: format!("node '{name}'"),
+                    role: edge.name().to_owned(),
+                    claim: edge.claim(),
+                });
+            }
+        }
+        parents
+    }
+}
+
+/// The error for a node name that cannot be used or is used.
+fn name_error(message: String) -> Error {
+    Error::new(ErrorClass::GenericError, message)
+}

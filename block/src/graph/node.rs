@@ -1,0 +1,140 @@
+//! Nodes: a driver, its children, and the state that the generic request path keeps for it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use stord_aio::sync::{Mutex, RangeLock};
+
+use super::Children;
+use crate::driver::{Driver, Limits};
+
+/// What becomes of discards and zeroes at a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DetectZeroes {
+    /// Data is written as data.
+    Off,
+    /// Zeroes in written data become zero writes.
+    On,
+    /// They also give their space back, where the node discards.
+    Unmap,
+}
+
+/// The options that every node has, with their defaults filled in.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// Discards reach the driver (`discard=unmap`).
+    pub discard: bool,
+    /// Bypasses the host's page cache (`cache.direct`).
+    pub direct: bool,
+    /// Flushes do not reach the disk (`cache.no-flush`).
+    pub no_flush: bool,
+    /// The user asked for a read-only node.
+    pub read_only: bool,
+    /// Falls back to read-only where writing cannot be had.
+    pub auto_read_only: bool,
+    /// Tolerates everything that others do to the image.
+    pub force_share: bool,
+    /// What to do with zeroes in written data.
+    pub detect_zeroes: DetectZeroes,
+}
+
+/// A node of the graph.
+pub struct Node {
+    name: String,
+    driver_name: &'static str,
+    driver: Driver,
+    children: Children,
+    options: NodeOptions,
+    limits: Limits,
+    size: AtomicU64,
+    read_only: AtomicBool,
+    /// Serialises read-modify-write with other writes, on nodes whose alignment makes it necessary.
+    pub(crate) serialising: RangeLock,
+    /// Counts completed writes; what a flush compares with `flushed`.
+    pub(crate) written: AtomicU64,
+    /// The value of `written` that the last flush covered. Its lock makes one flush serve all that wait.
+    pub(crate) flushed: Mutex<u64>,
+}
+
+impl Node {
+    pub(crate) fn new(
+        name: String,
+        driver_name: &'static str,
+        driver: Driver,
+        children: Children,
+        options: NodeOptions,
+        read_only: bool,
+    ) -> Self {
+        let (limits, size) = match &driver {
+            Driver::Protocol(leaf) => (leaf.limits(), leaf.length()),
+            Driver::Format(format) => (format.limits(), format.length()),
+        };
+        Self {
+            name,
+            driver_name,
+            driver,
+            children,
+            options,
+            limits,
+            size: AtomicU64::new(size),
+            read_only: AtomicBool::new(read_only),
+            serialising: RangeLock::default(),
+            written: AtomicU64::new(0),
+            flushed: Mutex::new(0),
+        }
+    }
+
+    /// The node name; nodes that were not named by the user have one that starts with `#block`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The name of the driver as in `BlockdevDriver`.
+    pub fn driver_name(&self) -> &'static str {
+        self.driver_name
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &Driver {
+        &self.driver
+    }
+
+    /// The children.
+    pub fn children(&self) -> &Children {
+        &self.children
+    }
+
+    /// The generic options.
+    pub fn options(&self) -> &NodeOptions {
+        &self.options
+    }
+
+    /// What the driver takes without help.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The length in bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Notes that a write reached this far.
+    pub(crate) fn grow_to(&self, end: u64) {
+        if self.size() < end {
+            self.size.fetch_max(end, Ordering::AcqRel);
+        }
+    }
+
+    /// Whether writes are refused now.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_read_only(&self, read_only: bool) {
+        self.read_only.store(read_only, Ordering::Release);
+    }
+}

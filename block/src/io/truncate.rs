@@ -1,0 +1,45 @@
+//! Changes of length, and the space that a node takes up.
+
+use std::sync::Arc;
+
+use stord_aio::Errno;
+
+use super::write::note_change;
+use crate::driver::{BACKING, ChildId, Driver, IoFuture};
+use crate::graph::Node;
+
+/// Changes the node's length. `exact` forbids a longer result than asked for.
+pub(crate) async fn truncate(node: &Arc<Node>, size: u64, exact: bool) -> Result<(), Errno> {
+    if node.is_read_only() {
+        return Err(Errno::EACCES);
+    }
+    if i64::try_from(size).is_err() {
+        return Err(Errno::EFBIG);
+    }
+    match node.driver() {
+        Driver::Protocol(leaf) => leaf.truncate(size, exact).await?,
+        Driver::Format(format) => format.truncate(size, exact).await?,
+    }
+    node.set_size(size);
+    note_change(node, 0);
+    Ok(())
+}
+
+/// Bytes of storage that the node and what it is made of take up; a backing file is not part of it.
+pub(crate) fn allocated_size<'a>(node: &'a Arc<Node>) -> IoFuture<'a, u64> {
+    Box::pin(async move {
+        let edges = match node.driver() {
+            Driver::Protocol(leaf) => return leaf.allocated_size().await,
+            Driver::Format(_) => node.children().edges(),
+        };
+        let mut sum = 0u64;
+        for (id, edge) in (0u8..).map(ChildId).zip(edges) {
+            if id != BACKING
+                && let Some(child) = edge.node()
+            {
+                sum = sum.saturating_add(allocated_size(&child).await?);
+            }
+        }
+        Ok(sum)
+    })
+}
