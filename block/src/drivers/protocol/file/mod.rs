@@ -1,0 +1,306 @@
+//! `file` and `host_device`: a file of the host's, read and written by the context's own I/O.
+//!
+//! - The file is opened once by its name. What needs another access mode later opens the same file again through its descriptor, so
+//!   that a mount over the name, or another file under it, changes nothing.
+//! - Locks (`lock`) are held for exactly the permissions that the node's users have and refuse; they belong to the first descriptor.
+//! - With `auto-read-only` the file is open for writing only while a user writes.
+//! - After a failed flush of a cached file every later flush fails: the kernel drops the pages it could not write, so that no later
+//!   success would mean that the data is safe.
+
+mod alignment;
+mod lock;
+mod open;
+pub mod own_mounts;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arc_swap::ArcSwap;
+use nix::sys::stat::fstat;
+use nix::unistd::{Whence, ftruncate, lseek};
+use stord_aio::{Errno, Fallocate, File, IoVec, pool};
+use stord_qmp::Error;
+
+use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
+use crate::graph::Permissions;
+
+pub(crate) use open::open;
+
+/// The `file` and `host_device` drivers.
+pub struct FileDriver {
+    filename: String,
+    file: ArcSwap<File>,
+    access: Access,
+    /// The other descriptor that `prepare_permissions` opened, until commit or abort.
+    prepared: Mutex<Option<File>>,
+    locks: lock::Locks,
+    limits: Limits,
+    length: AtomicU64,
+    is_device: bool,
+    direct: bool,
+    identity: (u64, u64),
+    /// Requests that the file system refused once and will refuse again.
+    no_zero_range: AtomicBool,
+    no_punch_hole: AtomicBool,
+    /// A flush failed, and pages were lost.
+    flush_failed: AtomicBool,
+}
+
+/// How the file may be opened.
+struct Access {
+    engine: stord_aio::Engine,
+    direct: bool,
+    /// Opens for writing when the first writer comes, and for reading only when the last has gone.
+    dynamic: bool,
+    writable: AtomicBool,
+    read_only: bool,
+}
+
+impl FileDriver {
+    /// Whether the node can only be read.
+    pub fn is_read_only(&self) -> bool {
+        self.access.read_only
+    }
+
+    fn file(&self) -> Arc<File> {
+        self.file.load_full()
+    }
+
+    async fn on_pool<T: Send + 'static>(&self, f: impl FnOnce(&File) -> Result<T, Errno> + Send + 'static) -> Result<T, Errno> {
+        let file = self.file();
+        pool::run(move || f(&file)).await
+    }
+
+    async fn punch_hole(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        try_once(&self.no_punch_hole, self.file().fallocate(Fallocate::PunchHole, offset, len)).await
+    }
+
+    async fn zero_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let mode = Fallocate::ZeroRange {
+            keep_size: self.is_device,
+        };
+        try_once(&self.no_zero_range, self.file().fallocate(mode, offset, len)).await
+    }
+
+    async fn zero(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), Errno> {
+        let inside = self.is_device || offset + len <= self.length.load(Ordering::Acquire);
+        if flags.contains(ZeroFlags::MAY_UNMAP) && inside {
+            match self.punch_hole(offset, len).await {
+                Err(Errno::ENOTSUP) => {}
+                done => return done,
+            }
+        }
+        match self.zero_range(offset, len).await {
+            Err(Errno::ENOTSUP) => {}
+            done => {
+                self.grow_to(offset + len);
+                return done;
+            }
+        }
+        // tmpfs and others: a hole, filled again so that the space stays reserved.
+        if self.is_device {
+            return Err(Errno::ENOTSUP);
+        }
+        self.punch_hole(offset, len).await?;
+        let mode = Fallocate::Allocate { keep_size: false };
+        self.file().fallocate(mode, offset, len).await.map_err(unsupported)?;
+        self.grow_to(offset + len);
+        Ok(())
+    }
+
+    fn grow_to(&self, end: u64) {
+        self.length.fetch_max(end, Ordering::AcqRel);
+    }
+}
+
+/// Runs an operation unless it was refused as unsupported before.
+async fn try_once(refused: &AtomicBool, operation: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
+    if refused.load(Ordering::Relaxed) {
+        return Err(Errno::ENOTSUP);
+    }
+    let result = operation.await.map_err(unsupported);
+    if result == Err(Errno::ENOTSUP) {
+        refused.store(true, Ordering::Relaxed);
+    }
+    result
+}
+
+/// Gives the many ways of saying "not here" one name.
+fn unsupported(errno: Errno) -> Errno {
+    match errno {
+        Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::ENOTTY | Errno::EINVAL => Errno::ENOTSUP,
+        other => other,
+    }
+}
+
+impl Protocol for FileDriver {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn length(&self) -> u64 {
+        self.length.load(Ordering::Acquire)
+    }
+
+    fn read<'a>(&'a self, offset: u64, dst: IoVec) -> IoFuture<'a> {
+        Box::pin(async move {
+            let len = dst.len();
+            let tail = dst.clone();
+            let read = self.file().read(offset, dst).await?;
+            if read < len {
+                tail.slice(read..len).fill(0);
+            }
+            Ok(())
+        })
+    }
+
+    fn try_read(&self, offset: u64, dst: &IoVec) -> Option<Result<(), Errno>> {
+        let read = match self.file.load().try_read(offset, dst)? {
+            Ok(read) => read,
+            Err(errno) => return Some(Err(errno)),
+        };
+        if read < dst.len() {
+            // Either the end of the file or of what is cached; only waiting tells.
+            return None;
+        }
+        Some(Ok(()))
+    }
+
+    fn write<'a>(&'a self, offset: u64, src: IoVec, durable: bool) -> IoFuture<'a> {
+        Box::pin(async move {
+            let end = offset.checked_add(src.len()).ok_or(Errno::EFBIG)?;
+            self.file().write(offset, src, durable).await?;
+            self.grow_to(end);
+            Ok(())
+        })
+    }
+
+    fn write_zeroes<'a>(&'a self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'a> {
+        Box::pin(self.zero(offset, len, flags))
+    }
+
+    fn discard<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a> {
+        Box::pin(self.punch_hole(offset, len))
+    }
+
+    fn flush<'a>(&'a self) -> IoFuture<'a> {
+        Box::pin(async move {
+            if self.flush_failed.load(Ordering::Acquire) {
+                return Err(Errno::EIO);
+            }
+            let result = self.file().fsync(true).await;
+            if result.is_err() && !self.direct {
+                self.flush_failed.store(true, Ordering::Release);
+            }
+            result
+        })
+    }
+
+    fn status<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a, BlockStatus> {
+        Box::pin(async move {
+            if self.is_device {
+                return Ok(data(len));
+            }
+            self.on_pool(move |file| seek_status(file, offset, len)).await
+        })
+    }
+
+    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a> {
+        Box::pin(async move {
+            if self.is_device {
+                let length = self.length();
+                return match size {
+                    _ if exact && size != length => Err(Errno::ENOTSUP),
+                    _ if size > length => Err(Errno::EINVAL),
+                    _ => Ok(()),
+                };
+            }
+            let length = i64::try_from(size).map_err(|_| Errno::EFBIG)?;
+            self.on_pool(move |file| ftruncate(file.fd(), length)).await?;
+            self.length.store(size, Ordering::Release);
+            Ok(())
+        })
+    }
+
+    fn allocated_size<'a>(&'a self) -> IoFuture<'a, u64> {
+        Box::pin(async move {
+            let stat = self.on_pool(|file| fstat(file.fd())).await?;
+            Ok(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
+        })
+    }
+
+    fn prepare_permissions(&self, permissions: Permissions, shared: Permissions) -> Result<(), Error> {
+        let writes = permissions.intersects(Permissions::WRITABLE | Permissions::RESIZE);
+        if self.access.dynamic && writes != self.access.writable.load(Ordering::Acquire) {
+            let other = self.open_again(writes)?;
+            *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(other);
+        }
+        let prepared = self.locks.prepare(permissions, shared, &self.filename);
+        if prepared.is_err() {
+            *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        prepared
+    }
+
+    fn commit_permissions(&self) {
+        if let Some(other) = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            self.file.store(Arc::new(other));
+            self.access.writable.fetch_xor(true, Ordering::AcqRel);
+        }
+        self.locks.commit();
+    }
+
+    fn abort_permissions(&self) {
+        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.locks.abort();
+    }
+
+    fn filename(&self) -> String {
+        self.filename.clone()
+    }
+
+    fn identity(&self) -> Option<(u64, u64)> {
+        Some(self.identity)
+    }
+}
+
+fn data(len: u64) -> BlockStatus {
+    BlockStatus {
+        len,
+        data: true,
+        zero: false,
+        allocated: true,
+    }
+}
+
+/// Asks the file system where data and holes are. One that cannot tell says that all is data.
+fn seek_status(file: &File, offset: u64, len: u64) -> Result<BlockStatus, Errno> {
+    let hole = |len| BlockStatus {
+        len,
+        data: false,
+        zero: true,
+        allocated: true,
+    };
+    let start = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
+    let distance = |to: i64| u64::try_from(to - start).unwrap_or(0).min(len);
+    match lseek(file.fd(), start, Whence::SeekData) {
+        Err(Errno::ENXIO) => Ok(hole(len)),
+        Err(_) => Ok(data(len)),
+        Ok(at) if at > start => Ok(hole(distance(at))),
+        Ok(_) => match lseek(file.fd(), start, Whence::SeekHole) {
+            Ok(at) if at > start => Ok(data(distance(at))),
+            _ => Ok(data(len)),
+        },
+    }
+}
+
+impl FileDriver {
+    /// Opens the same file with another access mode.
+    fn open_again(&self, writable: bool) -> Result<File, Error> {
+        let fd: OwnedFd = open::reopen(self.file().fd().as_fd(), writable, self.access.direct).map_err(|errno| {
+            Error::generic(format!("Could not open '{}': {}", self.filename, errno.desc()))
+        })?;
+        Ok(File::new(fd, self.access.engine))
+    }
+}

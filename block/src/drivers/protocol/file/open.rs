@@ -1,0 +1,138 @@
+//! Opening a file: access mode, kind, alignment, locks; with messages in the reference's wording.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use arc_swap::ArcSwap;
+use nix::fcntl::{OFlag, open as open_path};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::{Whence, lseek};
+use stord_aio::{Engine, Errno, File, pool};
+use stord_qmp::Error;
+use stord_qmp::schema::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
+
+use super::lock::Locks;
+use super::{Access, FileDriver, alignment, own_mounts};
+use crate::contexts::Contexts;
+use crate::graph::NodeOptions;
+
+/// Opens the file on the blocking pool.
+pub(crate) async fn open(
+    contexts: &Contexts,
+    driver_name: &'static str,
+    options: BlockdevOptionsFile,
+    node: NodeOptions,
+) -> Result<FileDriver, Error> {
+    contexts
+        .main()
+        .run(move || pool::run(move || open_here(driver_name, &options, &node)))
+        .await
+        .map_err(|gone| Error::generic(gone.to_string()))?
+}
+
+/// Opens the file that `fd` is open on once more, whatever its name leads to by now.
+pub(super) fn reopen(fd: BorrowedFd<'_>, writable: bool, direct: bool) -> Result<OwnedFd, Errno> {
+    open_path(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str(), flags(writable, direct), Mode::empty())
+}
+
+fn flags(writable: bool, direct: bool) -> OFlag {
+    let mut flags = OFlag::O_CLOEXEC | if writable { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+    flags.set(OFlag::O_DIRECT, direct);
+    flags
+}
+
+fn open_here(driver_name: &'static str, options: &BlockdevOptionsFile, node: &NodeOptions) -> Result<FileDriver, Error> {
+    let filename = &options.filename;
+    if options.aio == Some(BlockdevAioOptions::Native) && !node.direct {
+        return Err(Error::generic(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ));
+    }
+    let dynamic = node.auto_read_only && !node.read_only;
+    let writable = !node.read_only && !dynamic;
+    let fd = open_path(filename.as_str(), flags(writable, node.direct) | OFlag::O_NONBLOCK, Mode::empty())
+        .map_err(|errno| cannot_open(filename, errno, node.direct))?;
+    let stat = fstat(&fd).map_err(|errno| cannot_open(filename, errno, false))?;
+    let is_device = check_kind(driver_name, filename, stat.st_mode)?;
+    if own_mounts::contains(stat.st_dev) {
+        return Err(Error::generic(format!("Could not open '{filename}': it is on a mount of this daemon's own"))
+            .with_hint("Open the image that is exported there instead"));
+    }
+    let locks = Locks::new(lock_descriptor(&fd, options)?);
+    let end = lseek(&fd, 0, Whence::SeekEnd).map_err(|errno| {
+        Error::generic(format!("Could not get the size of '{filename}': {}", errno.desc())).with_source(errno)
+    })?;
+    let limits = alignment::limits(&fd, node.direct).map_err(|errno| {
+        Error::generic(format!("Could not find working O_DIRECT alignment: {}", errno.desc()))
+            .with_hint("Try cache.direct=off")
+    })?;
+    let engine = match options.aio {
+        None => Engine::Auto,
+        Some(BlockdevAioOptions::Threads) => Engine::Threads,
+        Some(BlockdevAioOptions::Native | BlockdevAioOptions::IoUring) => Engine::Uring,
+    };
+    Ok(FileDriver {
+        filename: filename.clone(),
+        file: ArcSwap::from_pointee(File::new(fd, engine)),
+        access: Access {
+            engine,
+            direct: node.direct,
+            dynamic,
+            writable: AtomicBool::new(writable),
+            read_only: node.read_only,
+        },
+        prepared: Mutex::new(None),
+        locks,
+        limits,
+        length: AtomicU64::new(u64::try_from(end).unwrap_or(0)),
+        is_device,
+        direct: node.direct,
+        identity: (stat.st_dev, stat.st_ino),
+        no_zero_range: AtomicBool::new(false),
+        no_punch_hole: AtomicBool::new(false),
+        flush_failed: AtomicBool::new(false),
+    })
+}
+
+fn cannot_open(filename: &str, errno: Errno, direct: bool) -> Error {
+    if direct && errno == Errno::EINVAL {
+        return Error::generic(format!("Could not open '{filename}': filesystem does not support O_DIRECT"));
+    }
+    let error = Error::generic(format!("Could not open '{filename}': {}", errno.desc())).with_source(errno);
+    match errno {
+        Errno::EACCES | Errno::EPERM | Errno::EROFS => error.with_hint("Is read-only=on what you want?"),
+        _ => error,
+    }
+}
+
+/// Whether the file is a device, if it is what the driver is for.
+fn check_kind(driver_name: &str, filename: &str, mode: u32) -> Result<bool, Error> {
+    let kind = SFlag::from_bits_truncate(mode & SFlag::S_IFMT.bits());
+    let is_device = kind == SFlag::S_IFBLK || kind == SFlag::S_IFCHR;
+    let (fits, wanted) = match driver_name {
+        "host_device" => (is_device, "either a character or block device"),
+        _ => (kind == SFlag::S_IFREG, "a regular file"),
+    };
+    if !fits {
+        return Err(Error::generic(format!("'{driver_name}' driver requires '{filename}' to be {wanted}")));
+    }
+    Ok(is_device)
+}
+
+/// The descriptor to hold locks on: the same open file as `fd`, kept when the node switches to another.
+fn lock_descriptor(fd: &OwnedFd, options: &BlockdevOptionsFile) -> Result<Option<OwnedFd>, Error> {
+    let wanted = options.locking.unwrap_or(OnOffAuto::Auto);
+    if wanted == OnOffAuto::Off {
+        return Ok(None);
+    }
+    if !Locks::supported(fd) {
+        return match wanted {
+            OnOffAuto::On => Err(Error::generic(format!("Could not lock '{}': the file system has no locks", options.filename))
+                .with_hint("Use locking=off, and make sure that nobody else writes to the image")),
+            _ => Ok(None),
+        };
+    }
+    let kept = fd.as_fd().try_clone_to_owned();
+    kept.map(Some).map_err(|source| Error::generic("Could not duplicate a file descriptor").with_source(source))
+}
