@@ -65,7 +65,10 @@ impl Root {
     }
 
     pub(crate) fn listener(&self) -> Option<Arc<dyn BackendListener>> {
-        self.listener.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.listener
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -91,12 +94,18 @@ impl Backend {
 
     /// The name of the node it is attached to; empty once detached.
     pub fn node_name(&self) -> String {
-        self.0.node().map_or_else(String::new, |node| node.name().to_owned())
+        self.0
+            .node()
+            .map_or_else(String::new, |node| node.name().to_owned())
     }
 
     /// Tells `listener` of drained sections and changes of length from now on.
     pub fn set_listener(&self, listener: Arc<dyn BackendListener>) {
-        *self.0.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(listener);
+        *self
+            .0
+            .listener
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(listener);
     }
 
     /// The length in bytes.
@@ -106,12 +115,15 @@ impl Backend {
 
     /// Requests aligned to this many bytes go through without read-modify-write.
     pub fn alignment(&self) -> u32 {
-        self.0.node().map_or(1, |node| node.limits().request_alignment)
+        self.0
+            .node()
+            .map_or(1, |node| node.limits().request_alignment)
     }
 
     /// Whether writes are refused.
     pub fn is_read_only(&self) -> bool {
-        self.0.node().is_none_or(|node| node.is_read_only()) || !self.0.claim().permissions.contains(Permissions::WRITE)
+        self.0.node().is_none_or(|node| node.is_read_only())
+            || !self.0.claim().permissions.contains(Permissions::WRITE)
     }
 
     /// Whether discards reach the storage (`discard=unmap` at the node).
@@ -297,7 +309,10 @@ impl Gate {
     fn try_enter(&self) -> Option<Ticket<'_>> {
         let counter = &self.in_flight.get(stord_aio::current_index())?.0;
         counter.fetch_add(1, Ordering::SeqCst);
-        let ticket = Ticket { gate: self, counter };
+        let ticket = Ticket {
+            gate: self,
+            counter,
+        };
         (self.closed.load(Ordering::SeqCst) == 0).then_some(ticket)
     }
 
@@ -329,7 +344,11 @@ impl Gate {
     pub(crate) async fn idle(&self) {
         loop {
             let left = self.left.notified();
-            if self.in_flight.iter().all(|counter| counter.0.load(Ordering::SeqCst) == 0) {
+            if self
+                .in_flight
+                .iter()
+                .all(|counter| counter.0.load(Ordering::SeqCst) == 0)
+            {
                 return;
             }
             left.await;

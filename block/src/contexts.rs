@@ -54,7 +54,9 @@ impl Contexts {
             let name = format!("io-{}", shared.len() + 1);
             shared.push(Context::start(config(&name))?);
         }
-        Ok(std::iter::once(self.main()).chain(shared.iter().take(wanted - 1).cloned()).collect())
+        Ok(std::iter::once(self.main())
+            .chain(shared.iter().take(wanted - 1).cloned())
+            .collect())
     }
 
     /// Starts the context of an `iothread` object.
@@ -91,7 +93,12 @@ impl Contexts {
 
     /// Undoes one [`acquire`](Self::acquire).
     pub fn release(&self, id: &str) {
-        if let Some(iothread) = self.iothreads.borrow_mut().iter_mut().find(|iothread| iothread.id == id) {
+        if let Some(iothread) = self
+            .iothreads
+            .borrow_mut()
+            .iter_mut()
+            .find(|iothread| iothread.id == id)
+        {
             iothread.users = iothread.users.saturating_sub(1);
         }
     }
@@ -107,7 +114,9 @@ impl Contexts {
             .position(|iothread| iothread.id == id)
             .ok_or_else(|| Error::generic(format!("object '{id}' not found")))?;
         if iothreads[at].users > 0 {
-            return Err(Error::generic(format!("object '{id}' is in use, can not be deleted")));
+            return Err(Error::generic(format!(
+                "object '{id}' is in use, can not be deleted"
+            )));
         }
         let iothread = iothreads.remove(at);
         drop(iothreads);
@@ -117,7 +126,11 @@ impl Contexts {
 
     /// Ends every context, after the work in it.
     pub fn stop(self) {
-        let iothreads = self.iothreads.into_inner().into_iter().map(|iothread| iothread.context);
+        let iothreads = self
+            .iothreads
+            .into_inner()
+            .into_iter()
+            .map(|iothread| iothread.context);
         for context in iothreads.chain(self.shared.into_inner()) {
             context.stop();
         }

@@ -136,7 +136,11 @@ pub trait Protocol: Send + Sync {
     ///
     /// # Errors
     /// The permissions cannot be had: a lock is held elsewhere, the file cannot be opened for writing.
-    fn prepare_permissions(&self, permissions: Permissions, shared: Permissions) -> Result<(), Error> {
+    fn prepare_permissions(
+        &self,
+        permissions: Permissions,
+        shared: Permissions,
+    ) -> Result<(), Error> {
         let _ = (permissions, shared);
         Ok(())
     }
@@ -326,7 +330,13 @@ pub trait Format: Send + Sync {
 
     /// What the node claims of `child`, given what its own parents want and share. The default is for formats with metadata in their
     /// file.
-    fn child_claim(&self, child: ChildId, wanted: Permissions, shared: Permissions, writable: bool) -> Claim {
+    fn child_claim(
+        &self,
+        child: ChildId,
+        wanted: Permissions,
+        shared: Permissions,
+        writable: bool,
+    ) -> Claim {
         storage_claim(child, wanted, shared, writable)
     }
 
@@ -352,6 +362,8 @@ pub struct FormatInfo {
     pub backing_file: Option<String>,
     /// The stored format of the backing file.
     pub backing_format: Option<String>,
+    /// The internal snapshots, if there are any.
+    pub snapshots: Option<Vec<stord_qmp::schema::node_info::SnapshotInfo>>,
     /// `ImageInfoSpecific` of the format.
-    pub specific: Option<stord_qmp::schema::block::ImageInfoSpecific>,
+    pub specific: Option<stord_qmp::schema::node_info::ImageInfoSpecific>,
 }

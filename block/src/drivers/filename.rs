@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use serde_json::{Map, Value};
 use stord_qmp::schema::block::{
-    BlockdevDriver, BlockdevOptions, BlockdevOptionsFile, BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevRef,
+    BlockdevDriver, BlockdevOptions, BlockdevOptionsFile, BlockdevOptionsQcow2, BlockdevOptionsRaw,
+    BlockdevRef,
 };
 use stord_qmp::{Error, from_json};
 
@@ -15,7 +17,10 @@ use crate::graph::Node;
 pub fn of_node(node: &Node) -> String {
     match node.driver() {
         Driver::Protocol(leaf) => leaf.filename(),
-        Driver::Format(_) => node.children().node(FILE).map_or_else(String::new, |file| of_node(&file)),
+        Driver::Format(_) => node
+            .children()
+            .node(FILE)
+            .map_or_else(String::new, |file| of_node(&file)),
     }
 }
 
@@ -25,31 +30,65 @@ pub fn of_node(node: &Node) -> String {
 ///
 /// # Errors
 /// The description after `json:` is wrong, the protocol or the format is unknown.
-pub fn parse(name: &str, base: Option<&str>, format: Option<&str>) -> Result<BlockdevOptions, Error> {
+pub fn parse(
+    name: &str,
+    base: Option<&str>,
+    format: Option<&str>,
+) -> Result<BlockdevOptions, Error> {
     if let Some(description) = name.strip_prefix("json:") {
         return parse_description(description);
     }
-    let file = BlockdevOptions::new(BlockdevDriver::File(BlockdevOptionsFile::new(resolve(name, base)?)));
+    let file = BlockdevOptions::new(BlockdevDriver::File(BlockdevOptionsFile::new(resolve(
+        name, base,
+    )?)));
     match format {
         None | Some("file") => Ok(file),
-        Some("raw") => with_format(file, Probed::Raw),
-        Some("qcow2") => with_format(file, Probed::Qcow2),
+        Some("raw") => Ok(with_format(file, Probed::Raw)),
+        Some("qcow2") => Ok(with_format(file, Probed::Qcow2)),
         Some(other) => Err(Error::generic(format!("Unknown driver '{other}'"))),
     }
 }
 
 /// Puts a format above the file that `file` opens.
-pub fn with_format(file: BlockdevOptions, format: Probed) -> Result<BlockdevOptions, Error> {
+pub fn with_format(file: BlockdevOptions, format: Probed) -> BlockdevOptions {
     let below = BlockdevRef::Definition(Box::new(file));
-    Ok(BlockdevOptions::new(match format {
+    BlockdevOptions::new(match format {
         Probed::Raw => BlockdevDriver::Raw(BlockdevOptionsRaw::new(below)),
         Probed::Qcow2 => BlockdevDriver::Qcow2(BlockdevOptionsQcow2::new(below)),
-    }))
+    })
 }
 
 fn parse_description(description: &str) -> Result<BlockdevOptions, Error> {
-    let value = stord_qmp::json_from_text(description).map_err(|error| error.context("Could not parse the JSON options"))?;
-    from_json(stord_qmp::nest(value)?)
+    let value: Value = serde_json::from_str(description)
+        .map_err(|source| Error::generic("Could not parse the JSON options").with_source(source))?;
+    let Value::Object(members) = value else {
+        return Err(Error::generic(
+            "Could not parse the JSON options: they must be an object",
+        ));
+    };
+    from_json(nest(members)?)
+}
+
+/// Turns members with dotted names into objects within objects.
+fn nest(members: Map<String, Value>) -> Result<Value, Error> {
+    let mut nested = Map::new();
+    for (name, value) in members {
+        let mut place = &mut nested;
+        let mut parts = name.split('.').peekable();
+        while let Some(part) = parts.next() {
+            if parts.peek().is_none() {
+                place.insert(part.to_owned(), value);
+                break;
+            }
+            let below = place
+                .entry(part)
+                .or_insert_with(|| Value::Object(Map::new()));
+            place = below.as_object_mut().ok_or_else(|| {
+                Error::generic(format!("Cannot mix scalar and non-scalar keys at '{part}'"))
+            })?;
+        }
+    }
+    Ok(Value::Object(nested))
 }
 
 fn resolve(name: &str, base: Option<&str>) -> Result<String, Error> {
@@ -107,23 +146,42 @@ mod tests {
 
     #[test]
     fn absolute_and_prefixed_names_are_taken_as_they_are() {
-        assert_eq!(filename_of(&parse("/a/b", Some("/c/d"), None).unwrap()), "/a/b");
+        assert_eq!(
+            filename_of(&parse("/a/b", Some("/c/d"), None).unwrap()),
+            "/a/b"
+        );
         assert_eq!(filename_of(&parse("file:x:y", None, None).unwrap()), "x:y");
         assert_eq!(filename_of(&parse("./x:y", None, None).unwrap()), "./x:y");
     }
 
     #[test]
     fn unknown_protocols_and_formats_are_named() {
-        assert_eq!(parse("nbd:localhost", None, None).unwrap_err().message, "Unknown protocol 'nbd'");
-        assert_eq!(parse("x", None, Some("vmdk")).unwrap_err().message, "Unknown driver 'vmdk'");
+        assert_eq!(
+            parse("nbd:localhost", None, None).unwrap_err().message,
+            "Unknown protocol 'nbd'"
+        );
+        assert_eq!(
+            parse("x", None, Some("vmdk")).unwrap_err().message,
+            "Unknown driver 'vmdk'"
+        );
     }
 
     #[test]
     fn json_names_describe_a_node() {
-        let options = parse(r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/a"}}"#, None, None).unwrap();
+        let options = parse(
+            r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"/a"}}"#,
+            None,
+            None,
+        )
+        .unwrap();
         assert_eq!(options.driver.name(), "qcow2");
         assert_eq!(filename_of(&options), "/a");
-        let dotted = parse(r#"json:{"driver":"raw","file.driver":"file","file.filename":"/b"}"#, None, None).unwrap();
+        let dotted = parse(
+            r#"json:{"driver":"raw","file.driver":"file","file.filename":"/b"}"#,
+            None,
+            None,
+        )
+        .unwrap();
         assert_eq!(filename_of(&dotted), "/b");
         assert!(parse("json:{", None, None).is_err());
     }

@@ -13,7 +13,12 @@ use crate::backend::Root;
 use crate::driver::{BACKING, ChildId, Driver};
 
 /// What a format that keeps metadata in its file claims of a child; the rules are those of the reference.
-pub fn storage_claim(child: ChildId, wanted: Permissions, shared: Permissions, writable: bool) -> Claim {
+pub fn storage_claim(
+    child: ChildId,
+    wanted: Permissions,
+    shared: Permissions,
+    writable: bool,
+) -> Claim {
     if child == BACKING {
         // Others may change the backing file only if the overlay's users can live with changing data.
         let change = if shared.contains(Permissions::WRITE) {
@@ -61,25 +66,34 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Plans the claims for everything below `start`, with `roots` claiming what is given here instead of what they claim now.
-    pub(super) fn make(graph: &dyn Parents, start: &[Arc<Node>], roots: Vec<(Arc<Root>, Claim)>) -> Result<Self, Error> {
-        let mut plan = Self {
-            roots,
-            ..Self::default()
-        };
+    pub(super) fn make(
+        graph: &dyn Parents,
+        start: &[Arc<Node>],
+        roots: Vec<(Arc<Root>, Claim)>,
+    ) -> Result<Self, Error> {
+        let mut plan = Self::default();
+        plan.roots = roots;
         for node in top_down(start) {
             let (permissions, shared) = agree(&node, &graph.parents_of(&node, &plan))?;
-            if permissions.intersects(Permissions::WRITABLE | Permissions::RESIZE) && node.is_read_only() {
+            if permissions.intersects(Permissions::WRITABLE | Permissions::RESIZE)
+                && node.is_read_only()
+            {
                 return Err(Error::generic("Block node is read-only"));
             }
             match node.driver() {
                 Driver::Protocol(leaf) => {
-                    let shared = if node.options().force_share { Permissions::all() } else { shared };
+                    let shared = if node.options().force_share {
+                        Permissions::all()
+                    } else {
+                        shared
+                    };
                     leaf.prepare_permissions(permissions, shared)?;
                     plan.prepared.push(node);
                 }
                 Driver::Format(format) => {
                     for (id, _) in (0u8..).map(ChildId).zip(node.children().edges()) {
-                        let mut claim = format.child_claim(id, permissions, shared, !node.is_read_only());
+                        let mut claim =
+                            format.child_claim(id, permissions, shared, !node.is_read_only());
                         if node.options().force_share {
                             claim.shared = Permissions::all();
                         }
@@ -93,7 +107,10 @@ impl Plan {
 
     /// The planned claim of a root, if the plan has one.
     pub(super) fn root_claim(&self, root: &Arc<Root>) -> Option<Claim> {
-        self.roots.iter().find(|(planned, _)| Arc::ptr_eq(planned, root)).map(|(_, claim)| *claim)
+        self.roots
+            .iter()
+            .find(|(planned, _)| Arc::ptr_eq(planned, root))
+            .map(|(_, claim)| *claim)
     }
 
     /// The planned claim of a node on its child, if the plan has one.
@@ -172,8 +189,14 @@ fn agree(node: &Node, parents: &[Parent]) -> Result<(Permissions, Permissions), 
             }
         }
     }
-    let all = parents.iter().fold((Permissions::empty(), Permissions::all()), |(needed, shared), parent| {
-        (needed | parent.claim.permissions, shared & parent.claim.shared)
-    });
+    let all = parents.iter().fold(
+        (Permissions::empty(), Permissions::all()),
+        |(needed, shared), parent| {
+            (
+                needed | parent.claim.permissions,
+                shared & parent.claim.shared,
+            )
+        },
+    );
     Ok(all)
 }

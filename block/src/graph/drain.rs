@@ -40,12 +40,20 @@ impl Graph {
 
     /// Every root from which a request can reach one of `nodes`.
     pub(super) fn roots_above(&self, nodes: &[Arc<Node>]) -> Vec<Arc<Root>> {
-        let roots: Vec<Arc<Root>> = self.roots.borrow().iter().filter_map(std::sync::Weak::upgrade).collect();
+        let roots: Vec<Arc<Root>> = self
+            .roots
+            .borrow()
+            .iter()
+            .filter_map(std::sync::Weak::upgrade)
+            .collect();
         roots
             .into_iter()
             .filter(|root| {
-                root.node()
-                    .is_some_and(|top| super::claims::top_down(&[top]).iter().any(|below| nodes.iter().any(|node| Arc::ptr_eq(node, below))))
+                root.node().is_some_and(|top| {
+                    super::claims::top_down(&[top])
+                        .iter()
+                        .any(|below| nodes.iter().any(|node| Arc::ptr_eq(node, below)))
+                })
             })
             .collect()
     }

@@ -120,7 +120,13 @@ impl Children {
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub async fn write(&self, child: ChildId, offset: u64, src: IoVec, durable: bool) -> Result<(), Errno> {
+    pub async fn write(
+        &self,
+        child: ChildId,
+        offset: u64,
+        src: IoVec,
+        durable: bool,
+    ) -> Result<(), Errno> {
         io::write(&self.held(child)?, offset, src, durable).await
     }
 
@@ -128,7 +134,13 @@ impl Children {
     ///
     /// # Errors
     /// As [`read`](Self::read); `ENOTSUP` with `NO_FALLBACK` where only writing data could.
-    pub async fn write_zeroes(&self, child: ChildId, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), Errno> {
+    pub async fn write_zeroes(
+        &self,
+        child: ChildId,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+    ) -> Result<(), Errno> {
         io::write_zeroes(&self.held(child)?, offset, len, flags).await
     }
 
@@ -160,7 +172,12 @@ impl Children {
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub async fn status(&self, child: ChildId, offset: u64, len: u64) -> Result<BlockStatus, Errno> {
+    pub async fn status(
+        &self,
+        child: ChildId,
+        offset: u64,
+        len: u64,
+    ) -> Result<BlockStatus, Errno> {
         io::block_status(&self.held(child)?, offset, len).await
     }
 }

@@ -65,12 +65,17 @@ impl Graph {
     /// # Errors
     /// There is none.
     pub fn find(&self, node_name: &str) -> Result<Arc<Node>, Error> {
-        self.lookup(node_name)
-            .ok_or_else(|| Error::generic(format!("Cannot find device='' nor node-name='{node_name}'")))
+        self.lookup(node_name).ok_or_else(|| {
+            Error::generic(format!("Cannot find device='' nor node-name='{node_name}'"))
+        })
     }
 
     fn lookup(&self, node_name: &str) -> Option<Arc<Node>> {
-        self.nodes.borrow().iter().find(|node| node.name() == node_name).cloned()
+        self.nodes
+            .borrow()
+            .iter()
+            .find(|node| node.name() == node_name)
+            .cloned()
     }
 
     /// Opens a node and everything it needs; the node stays until [`blockdev_del`](Self::blockdev_del).
@@ -80,7 +85,9 @@ impl Graph {
     pub async fn blockdev_add(&self, options: BlockdevOptions) -> Result<(), Error> {
         let _change = self.change.lock().await;
         if options.node_name.is_none() {
-            return Err(Error::generic("'node-name' must be specified for the root node"));
+            return Err(Error::generic(
+                "'node-name' must be specified for the root node",
+            ));
         }
         let node = self.open(options).await?;
         self.monitor_owned.borrow_mut().push(node);
@@ -93,18 +100,26 @@ impl Graph {
     /// There is no such node, it is in use, or it belongs to another node.
     pub async fn blockdev_del(&self, node_name: &str) -> Result<(), Error> {
         let _change = self.change.lock().await;
-        let node = self
-            .lookup(node_name)
-            .ok_or_else(|| Error::generic(format!("Failed to find node with node-name='{node_name}'")))?;
+        let node = self.lookup(node_name).ok_or_else(|| {
+            Error::generic(format!("Failed to find node with node-name='{node_name}'"))
+        })?;
         if self.roots_of(&node).next().is_some() {
             return Err(Error::generic(format!("Node {node_name} is in use")));
         }
-        let owned = self.monitor_owned.borrow().iter().position(|owned| Arc::ptr_eq(owned, &node));
+        let owned = self
+            .monitor_owned
+            .borrow()
+            .iter()
+            .position(|owned| Arc::ptr_eq(owned, &node));
         let Some(owned) = owned else {
-            return Err(Error::generic(format!("Node {node_name} is not owned by the monitor")));
+            return Err(Error::generic(format!(
+                "Node {node_name} is not owned by the monitor"
+            )));
         };
         if self.has_parent_nodes(&node) {
-            return Err(Error::generic(format!("Block device {node_name} is in use")));
+            return Err(Error::generic(format!(
+                "Block device {node_name} is in use"
+            )));
         }
         self.monitor_owned.borrow_mut().remove(owned);
         self.close_unused(node).await;
@@ -115,11 +130,9 @@ impl Graph {
     pub async fn close_all(&self) {
         let _change = self.change.lock().await;
         loop {
-            let owned = self
-                .monitor_owned
-                .borrow()
-                .iter()
-                .rposition(|node| self.roots_of(node).next().is_none() && !self.has_parent_nodes(node));
+            let owned = self.monitor_owned.borrow().iter().rposition(|node| {
+                self.roots_of(node).next().is_none() && !self.has_parent_nodes(node)
+            });
             let Some(at) = owned else { return };
             let node = self.monitor_owned.borrow_mut().remove(at);
             self.close_unused(node).await;
@@ -132,7 +145,12 @@ impl Graph {
     ///
     /// # Errors
     /// There is no such node, or another user of it does not share what this one needs.
-    pub async fn attach(&self, node_name: &str, description: &str, claim: Claim) -> Result<Backend, Error> {
+    pub async fn attach(
+        &self,
+        node_name: &str,
+        description: &str,
+        claim: Claim,
+    ) -> Result<Backend, Error> {
         let _change = self.change.lock().await;
         let node = self.find(node_name)?;
         let backend = Backend::new(description.to_owned(), Arc::clone(&node));
@@ -152,13 +170,17 @@ impl Graph {
     /// Ends a user: waits for its requests, flushes, and gives its claims back.
     pub async fn detach(&self, backend: Backend) {
         let _change = self.change.lock().await;
-        let Some(node) = backend.root().node() else { return };
+        let Some(node) = backend.root().node() else {
+            return;
+        };
         let _drained = self.drain(std::slice::from_ref(&node)).await;
         if !node.is_read_only() {
             self.flush(&node).await;
         }
         backend.root().set_node(None);
-        self.roots.borrow_mut().retain(|root| root.upgrade().is_some_and(|root| root.node().is_some()));
+        self.roots
+            .borrow_mut()
+            .retain(|root| root.upgrade().is_some_and(|root| root.node().is_some()));
         self.release_claims(&[Arc::clone(&node)]);
         drop(_drained);
         if !self.is_used(&node) {
@@ -183,11 +205,17 @@ impl Graph {
 
     async fn resize_drained(&self, backend: &Backend, size: u64) -> Result<(), Error> {
         let _change = self.change.lock().await;
-        let node = backend.root().node().ok_or_else(|| Error::generic("The node has gone"))?;
+        let node = backend
+            .root()
+            .node()
+            .ok_or_else(|| Error::generic("The node has gone"))?;
         let _drained = self.drain(std::slice::from_ref(&node)).await;
         let resized = {
             let node = Arc::clone(&node);
-            self.contexts.main().run(move || async move { io::truncate(&node, size, true).await }).await
+            self.contexts
+                .main()
+                .run(move || async move { io::truncate(&node, size, true).await })
+                .await
         };
         match resized {
             Ok(Ok(())) => {
@@ -198,7 +226,11 @@ impl Graph {
                 }
                 Ok(())
             }
-            Ok(Err(errno)) => Err(Error::generic(format!("Could not resize '{}': {}", node.name(), errno.desc()))),
+            Ok(Err(errno)) => Err(Error::generic(format!(
+                "Could not resize '{}': {}",
+                node.name(),
+                errno.desc()
+            ))),
             Err(gone) => Err(Error::generic(gone.to_string())),
         }
     }
@@ -206,7 +238,10 @@ impl Graph {
     async fn flush(&self, node: &Arc<Node>) {
         let flushed = {
             let node = Arc::clone(node);
-            self.contexts.main().run(move || async move { io::flush(&node).await }).await
+            self.contexts
+                .main()
+                .run(move || async move { io::flush(&node).await })
+                .await
         };
         if let Ok(Err(errno)) = flushed {
             tracing::error!(node = node.name(), %errno, "flush failed: written data may be lost");
@@ -236,7 +271,9 @@ impl Graph {
                     tracing::error!(node = node.name(), %errno, "closing the image failed");
                 }
             }
-            self.nodes.borrow_mut().retain(|held| !Arc::ptr_eq(held, &node));
+            self.nodes
+                .borrow_mut()
+                .retain(|held| !Arc::ptr_eq(held, &node));
             unused.extend(self.let_go(node.children()));
         }
     }
@@ -267,19 +304,39 @@ impl Graph {
     }
 
     fn is_used(&self, node: &Arc<Node>) -> bool {
-        self.monitor_owned.borrow().iter().any(|owned| Arc::ptr_eq(owned, node))
+        self.monitor_owned
+            .borrow()
+            .iter()
+            .any(|owned| Arc::ptr_eq(owned, node))
             || self.roots_of(node).next().is_some()
             || self.has_parent_nodes(node)
     }
 
     fn has_parent_nodes(&self, node: &Arc<Node>) -> bool {
-        let holds = |children: &Children| children.edges().iter().any(|edge| edge.node().is_some_and(|child| Arc::ptr_eq(&child, node)));
-        self.nodes.borrow().iter().any(|parent| holds(parent.children()))
-            || self.opening.borrow().iter().any(|(_, children)| holds(children))
+        let holds = |children: &Children| {
+            children
+                .edges()
+                .iter()
+                .any(|edge| edge.node().is_some_and(|child| Arc::ptr_eq(&child, node)))
+        };
+        self.nodes
+            .borrow()
+            .iter()
+            .any(|parent| holds(parent.children()))
+            || self
+                .opening
+                .borrow()
+                .iter()
+                .any(|(_, children)| holds(children))
     }
 
     fn roots_of(&self, node: &Arc<Node>) -> impl Iterator<Item = Arc<Root>> {
-        let roots: Vec<Arc<Root>> = self.roots.borrow().iter().filter_map(Weak::upgrade).collect();
+        let roots: Vec<Arc<Root>> = self
+            .roots
+            .borrow()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
         roots
             .into_iter()
             .filter(move |root| root.node().is_some_and(|held| Arc::ptr_eq(&held, node)))
@@ -300,12 +357,17 @@ impl Parents for Graph {
             .collect();
         let is_node = |edge: &Edge| edge.node().is_some_and(|child| Arc::ptr_eq(&child, node));
         for parent in self.nodes.borrow().iter() {
-            for (id, edge) in (0u8..).map(crate::driver::ChildId).zip(parent.children().edges()) {
+            for (id, edge) in (0u8..)
+                .map(crate::driver::ChildId)
+                .zip(parent.children().edges())
+            {
                 if is_node(edge) {
                     parents.push(Parent {
                         description: format!("node '{}'", parent.name()),
                         role: edge.name().to_owned(),
-                        claim: planned.edge_claim(parent, id).unwrap_or_else(|| edge.claim()),
+                        claim: planned
+                            .edge_claim(parent, id)
+                            .unwrap_or_else(|| edge.claim()),
                     });
                 }
             }

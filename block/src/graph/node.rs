@@ -1,6 +1,6 @@
 //! Nodes: a driver, its children, and the state that the generic request path keeps for it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use stord_aio::sync::{Mutex, RangeLock};
 
@@ -46,7 +46,7 @@ pub struct Node {
     options: NodeOptions,
     limits: Limits,
     size: AtomicU64,
-    read_only: AtomicBool,
+    read_only: bool,
     /// Serialises read-modify-write with other writes, on nodes whose alignment makes it necessary.
     pub(crate) serialising: RangeLock,
     /// Counts completed writes; what a flush compares with `flushed`.
@@ -76,7 +76,7 @@ impl Node {
             options,
             limits,
             size: AtomicU64::new(size),
-            read_only: AtomicBool::new(read_only),
+            read_only,
             serialising: RangeLock::default(),
             written: AtomicU64::new(0),
             flushed: Mutex::new(0),
@@ -129,12 +129,8 @@ impl Node {
         }
     }
 
-    /// Whether writes are refused now.
+    /// Whether writes are refused.
     pub fn is_read_only(&self) -> bool {
-        self.read_only.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn set_read_only(&self, read_only: bool) {
-        self.read_only.store(read_only, Ordering::Release);
+        self.read_only
     }
 }

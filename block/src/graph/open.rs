@@ -9,12 +9,14 @@ use std::sync::Arc;
 
 use stord_qmp::Error;
 use stord_qmp::schema::block::{
-    BlockdevCacheOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevDriver, BlockdevOptions, BlockdevRef,
-    BlockdevRefOrNull,
+    BlockdevCacheOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevDriver,
+    BlockdevOptions, BlockdevRef, BlockdevRefOrNull,
 };
 
 use super::claims::Plan;
-use super::{Children, DetectZeroes, Graph, Node, NodeOptions, Permissions, name_error, storage_claim};
+use super::{
+    Children, DetectZeroes, Graph, Node, NodeOptions, Permissions, name_error, storage_claim,
+};
 use crate::driver::{BACKING, ChildId, DATA_FILE, Driver, FILE, ImageLinks};
 use crate::drivers::format::{qcow2, raw};
 use crate::drivers::{filename, protocol};
@@ -57,7 +59,10 @@ struct Opening<'a> {
 impl<'a> Opening<'a> {
     fn new(graph: &'a Graph, name: &str, places: &[&'static str]) -> Self {
         let children = Children::new(places);
-        graph.opening.borrow_mut().push((name.to_owned(), children.clone()));
+        graph
+            .opening
+            .borrow_mut()
+            .push((name.to_owned(), children.clone()));
         Self {
             graph,
             children,
@@ -75,8 +80,15 @@ impl<'a> Opening<'a> {
         }
     }
 
-    /// Puts a node into its place, with the claim that a format has on it before the format has users of its own.
-    fn put(&self, child: ChildId, node: Arc<Node>, writable: bool, passes_through: bool) -> Result<(), Error> {
+    /// Puts a node into its place, with the claim that a format has on it before the format has users of its own. From then on
+    /// `abandon` closes it.
+    async fn put(
+        &self,
+        child: ChildId,
+        node: Arc<Node>,
+        writable: bool,
+        passes_through: bool,
+    ) -> Result<(), Error> {
         let edge = &self.children.edges()[usize::from(child.0)];
         let claim = if passes_through {
             super::Claim::NONE
@@ -85,7 +97,10 @@ impl<'a> Opening<'a> {
         };
         edge.set_claim(claim);
         edge.set_node(Some(Arc::clone(&node)));
-        Plan::make(self.graph, &[node], Vec::new())?.commit();
+        let start = [node];
+        // The node may be an old one with users.
+        let _drained = self.graph.drain(&start).await;
+        Plan::make(self.graph, &start, Vec::new())?.commit();
         Ok(())
     }
 
@@ -120,22 +135,56 @@ impl Graph {
             let driver_name = options.driver.name();
             match &options.driver {
                 BlockdevDriver::File(file) | BlockdevDriver::HostDevice(file) => {
-                    let opened = protocol::file::open(&self.contexts, driver_name, file.clone(), node_options.clone()).await?;
+                    let opened = protocol::file::open(
+                        &self.contexts,
+                        driver_name,
+                        file.clone(),
+                        node_options.clone(),
+                    )
+                    .await?;
                     let read_only = opened.is_read_only();
-                    Ok(self.add_leaf(name, driver_name, Driver::Protocol(Box::new(opened)), node_options, read_only))
+                    Ok(self.add_leaf(
+                        name,
+                        driver_name,
+                        Driver::Protocol(Box::new(opened)),
+                        node_options,
+                        read_only,
+                    ))
                 }
                 BlockdevDriver::NullCo(null) | BlockdevDriver::NullAio(null) => {
                     let read_only = node_options.read_only;
                     let driver = protocol::null::Null::open(null)?;
-                    Ok(self.add_leaf(name, driver_name, Driver::Protocol(Box::new(driver)), node_options, read_only))
+                    Ok(self.add_leaf(
+                        name,
+                        driver_name,
+                        Driver::Protocol(Box::new(driver)),
+                        node_options,
+                        read_only,
+                    ))
                 }
-                BlockdevDriver::Raw(_) | BlockdevDriver::Qcow2(_) => self.open_format(name, options, node_options, chain).await,
+                BlockdevDriver::Raw(_) | BlockdevDriver::Qcow2(_) => {
+                    self.open_format(name, options, node_options, chain).await
+                }
             }
         })
     }
 
-    fn add_leaf(&self, name: String, driver_name: &'static str, driver: Driver, options: NodeOptions, read_only: bool) -> Arc<Node> {
-        let node = Arc::new(Node::new(name, driver_name, driver, Children::new(&[]), options, read_only));
+    fn add_leaf(
+        &self,
+        name: String,
+        driver_name: &'static str,
+        driver: Driver,
+        options: NodeOptions,
+        read_only: bool,
+    ) -> Arc<Node> {
+        let node = Arc::new(Node::new(
+            name,
+            driver_name,
+            driver,
+            Children::new(&[]),
+            options,
+            read_only,
+        ));
         self.nodes.borrow_mut().push(Arc::clone(&node));
         node
     }
@@ -152,7 +201,10 @@ impl Graph {
             _ => &["file"],
         };
         let opening = Opening::new(self, &name, places);
-        match self.open_format_children(&opening, &name, &options, node_options, chain).await {
+        match self
+            .open_format_children(&opening, &name, &options, node_options, chain)
+            .await
+        {
             Ok(node) => {
                 opening.settle();
                 Ok(node)
@@ -175,41 +227,66 @@ impl Graph {
         let file_ref = match &options.driver {
             BlockdevDriver::Raw(raw) => &raw.file,
             BlockdevDriver::Qcow2(qcow2) => &qcow2.file,
-            other => return Err(Error::generic(format!("'{}' is not a format", other.name()))),
+            other => {
+                return Err(Error::generic(format!(
+                    "'{}' is not a format",
+                    other.name()
+                )));
+            }
         };
-        let file = self.open_ref(file_ref.clone(), options, Place::Image, chain).await?;
+        let file = self
+            .open_ref(file_ref.clone(), options, Place::Image, chain)
+            .await?;
         let identity = identity(&file);
         if let Some(identity) = identity
             && chain.contains(identity)
         {
             let image = filename::of_node(&file);
             self.close_if_unused(file).await;
-            return Err(Error::generic(format!("Backing file '{image}' creates an infinite loop.")));
+            return Err(Error::generic(format!(
+                "Backing file '{image}' creates an infinite loop."
+            )));
         }
         if file.is_read_only() && node_options.auto_read_only {
             node_options.read_only = true;
         }
         let writable = !node_options.read_only;
         let is_raw = matches!(options.driver, BlockdevDriver::Raw(_));
-        self.put_or_close(opening, FILE, file, writable, is_raw).await?;
+        opening.put(FILE, file, writable, is_raw).await?;
 
         let driver: Driver = match &options.driver {
-            BlockdevDriver::Raw(raw) => Driver::Format(Box::new(raw::Raw::open(opening.children.clone(), raw)?)),
+            BlockdevDriver::Raw(raw) => {
+                Driver::Format(Box::new(raw::Raw::open(opening.children.clone(), raw)?))
+            }
             BlockdevDriver::Qcow2(qcow2) => {
                 let children = opening.children.clone();
-                let links = self.on_main(move || async move { qcow2::links(&children).await }).await??;
+                let links = self
+                    .on_main(move || async move { qcow2::links(&children).await })
+                    .await??;
                 let chain = Chain {
                     above: Some(chain),
                     file: identity,
                     depth: chain.depth + 1,
                 };
-                self.open_data_file(opening, options, &links, writable, &chain).await?;
+                self.open_data_file(opening, options, &links, writable, &chain)
+                    .await?;
                 self.open_backing(opening, options, &links, &chain).await?;
-                let (children, own, common) = (opening.children.clone(), qcow2.clone(), node_options.clone());
-                let driver = self.on_main(move || async move { qcow2::open(children, own, common).await }).await??;
+                let (children, own, common) = (
+                    opening.children.clone(),
+                    qcow2.clone(),
+                    node_options.clone(),
+                );
+                let driver = self
+                    .on_main(move || async move { qcow2::open(children, own, common).await })
+                    .await??;
                 Driver::Format(Box::new(driver))
             }
-            other => return Err(Error::generic(format!("'{}' is not a format", other.name()))),
+            other => {
+                return Err(Error::generic(format!(
+                    "'{}' is not a format",
+                    other.name()
+                )));
+            }
         };
         let read_only = node_options.read_only;
         let node = Arc::new(Node::new(
@@ -222,23 +299,13 @@ impl Graph {
         ));
         opening.settle();
         self.nodes.borrow_mut().push(Arc::clone(&node));
-        if let Err(error) = Plan::make(self, std::slice::from_ref(&node), Vec::new()).map(Plan::commit) {
+        if let Err(error) =
+            Plan::make(self, std::slice::from_ref(&node), Vec::new()).map(Plan::commit)
+        {
             self.close_unused(node).await;
             return Err(error);
         }
         Ok(node)
-    }
-
-    async fn put_or_close(
-        &self,
-        opening: &Opening<'_>,
-        child: ChildId,
-        node: Arc<Node>,
-        writable: bool,
-        passes_through: bool,
-    ) -> Result<(), Error> {
-        // A node that was put into its place is closed by `Opening::abandon`.
-        opening.put(child, node, writable, passes_through)
     }
 
     async fn close_if_unused(&self, node: Arc<Node>) {
@@ -255,16 +322,29 @@ impl Graph {
         writable: bool,
         chain: &Chain<'_>,
     ) -> Result<(), Error> {
-        let BlockdevDriver::Qcow2(qcow2) = &options.driver else { return Ok(()) };
-        let reference = match (&qcow2.data_file, &links.data_file) {
-            (Some(_), None) => return Err(Error::generic("'data-file' can only be set for images with an external data file")),
-            (None, None) => return Ok(()),
-            (Some(reference), Some(_)) => reference.clone(),
-            (None, Some(None)) => return Err(Error::generic("'data-file' is required for this image")),
-            (None, Some(Some(name))) => BlockdevRef::Definition(Box::new(self.options_of_name(opening, name, Some("file"))?)),
+        let BlockdevDriver::Qcow2(qcow2) = &options.driver else {
+            return Ok(());
         };
-        let node = self.open_ref(reference, options, Place::Image, chain).await?;
-        self.put_or_close(opening, DATA_FILE, node, writable, false).await
+        let reference =
+            match (&qcow2.data_file, &links.data_file) {
+                (Some(_), None) => {
+                    return Err(Error::generic(
+                        "'data-file' can only be set for images with an external data file",
+                    ));
+                }
+                (None, None) => return Ok(()),
+                (Some(reference), Some(_)) => reference.clone(),
+                (None, Some(None)) => {
+                    return Err(Error::generic("'data-file' is required for this image"));
+                }
+                (None, Some(Some(name))) => BlockdevRef::Definition(Box::new(
+                    self.options_of_name(opening, name, Some("file"))?,
+                )),
+            };
+        let node = self
+            .open_ref(reference, options, Place::Image, chain)
+            .await?;
+        opening.put(DATA_FILE, node, writable, false).await
     }
 
     async fn open_backing(
@@ -274,53 +354,97 @@ impl Graph {
         links: &ImageLinks,
         chain: &Chain<'_>,
     ) -> Result<(), Error> {
-        let BlockdevDriver::Qcow2(qcow2) = &options.driver else { return Ok(()) };
+        let BlockdevDriver::Qcow2(qcow2) = &options.driver else {
+            return Ok(());
+        };
         let node = match (&qcow2.backing, &links.backing_file) {
             (Some(BlockdevRefOrNull::Null), _) | (None, None) => return Ok(()),
             (Some(BlockdevRefOrNull::Definition(definition)), _) => {
                 let reference = BlockdevRef::Definition(definition.clone());
-                self.open_ref(reference, options, Place::Backing, chain).await?
+                self.open_ref(reference, options, Place::Backing, chain)
+                    .await?
             }
             (Some(BlockdevRefOrNull::Reference(name)), _) => {
-                self.open_ref(BlockdevRef::Reference(name.clone()), options, Place::Backing, chain).await?
+                self.open_ref(
+                    BlockdevRef::Reference(name.clone()),
+                    options,
+                    Place::Backing,
+                    chain,
+                )
+                .await?
             }
             (None, Some(name)) => {
                 if chain.depth > MAX_CHAIN {
-                    return Err(Error::generic(format!("The backing chain is longer than {MAX_CHAIN} images")));
+                    return Err(Error::generic(format!(
+                        "The backing chain is longer than {MAX_CHAIN} images"
+                    )));
                 }
-                let definition = self.backing_options(opening, name, links.backing_format.as_deref()).await;
+                let definition = self
+                    .backing_options(opening, name, links.backing_format.as_deref())
+                    .await;
                 let opened = match definition {
                     Ok(definition) => {
-                        self.open_ref(BlockdevRef::Definition(Box::new(definition)), options, Place::Backing, chain).await
+                        self.open_ref(
+                            BlockdevRef::Definition(Box::new(definition)),
+                            options,
+                            Place::Backing,
+                            chain,
+                        )
+                        .await
                     }
                     Err(error) => Err(error),
                 };
-                opened.map_err(|error| Error::new(error.class, format!("Could not open backing file: {}", error.message)))?
+                opened.map_err(|error| {
+                    Error::new(
+                        error.class,
+                        format!("Could not open backing file: {}", error.message),
+                    )
+                })?
             }
         };
-        self.put_or_close(opening, BACKING, node, false, false).await
+        opening.put(BACKING, node, false, false).await
     }
 
     /// Options for a backing file named in an image.
-    async fn backing_options(&self, opening: &Opening<'_>, name: &str, format: Option<&str>) -> Result<BlockdevOptions, Error> {
+    async fn backing_options(
+        &self,
+        opening: &Opening<'_>,
+        name: &str,
+        format: Option<&str>,
+    ) -> Result<BlockdevOptions, Error> {
         let options = self.options_of_name(opening, name, format)?;
         match format {
             Some(_) => Ok(options),
             // Nothing says what is in it: look.
-            None if matches!(options.driver, BlockdevDriver::File(_) | BlockdevDriver::HostDevice(_)) => {
+            None if matches!(
+                options.driver,
+                BlockdevDriver::File(_) | BlockdevDriver::HostDevice(_)
+            ) =>
+            {
                 self.with_probed_format(options).await
             }
             None => Ok(options),
         }
     }
 
-    fn options_of_name(&self, opening: &Opening<'_>, name: &str, format: Option<&str>) -> Result<BlockdevOptions, Error> {
-        let base = opening.children.node(FILE).map(|file| filename::of_node(&file));
+    fn options_of_name(
+        &self,
+        opening: &Opening<'_>,
+        name: &str,
+        format: Option<&str>,
+    ) -> Result<BlockdevOptions, Error> {
+        let base = opening
+            .children
+            .node(FILE)
+            .map(|file| filename::of_node(&file));
         filename::parse(name, base.as_deref(), format)
     }
 
     /// Opens the file of `options` for a look at its first bytes, and puts the format that they show above it.
-    async fn with_probed_format(&self, mut options: BlockdevOptions) -> Result<BlockdevOptions, Error> {
+    async fn with_probed_format(
+        &self,
+        mut options: BlockdevOptions,
+    ) -> Result<BlockdevOptions, Error> {
         let mut look = options.clone();
         look.read_only = Some(true);
         look.force_share = Some(true);
@@ -332,12 +456,18 @@ impl Graph {
         let node = self.open_node(look, &chain).await?;
         let probed = {
             let node = Arc::clone(&node);
-            self.on_main(move || async move { crate::drivers::format::probe(&node).await }).await?
+            self.on_main(move || async move { crate::drivers::format::probe(&node).await })
+                .await?
         };
         self.close_unused(node).await;
-        let format = probed.map_err(|errno| Error::generic(format!("Could not read image for determining its format: {}", errno.desc())))?;
+        let format = probed.map_err(|errno| {
+            Error::generic(format!(
+                "Could not read image for determining its format: {}",
+                errno.desc()
+            ))
+        })?;
         let node_name = options.node_name.take();
-        let mut above = filename::with_format(options, format)?;
+        let mut above = filename::with_format(options, format);
         above.node_name = node_name;
         Ok(above)
     }
@@ -364,7 +494,11 @@ impl Graph {
         Fut: Future<Output = T> + 'static,
         T: Send + 'static,
     {
-        self.contexts.main().run(f).await.map_err(|gone| Error::generic(gone.to_string()))
+        self.contexts
+            .main()
+            .run(f)
+            .await
+            .map_err(|gone| Error::generic(gone.to_string()))
     }
 
     fn node_name(&self, wanted: Option<&str>) -> Result<String, Error> {
@@ -379,15 +513,25 @@ impl Graph {
             }
         };
         let well_formed = name.starts_with(|c: char| c.is_ascii_alphabetic())
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
+            && name
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
         if !well_formed {
             return Err(name_error(format!("Invalid node-name: '{name}'")));
         }
         if name.len() > MAX_NODE_NAME {
             return Err(name_error("Node name too long".to_owned()));
         }
-        if self.lookup(name).is_some() || self.opening.borrow().iter().any(|(opening, _)| opening == name) {
-            return Err(name_error(format!("Duplicate nodes with node-name='{name}'")));
+        if self.lookup(name).is_some()
+            || self
+                .opening
+                .borrow()
+                .iter()
+                .any(|(opening, _)| opening == name)
+        {
+            return Err(name_error(format!(
+                "Duplicate nodes with node-name='{name}'"
+            )));
         }
         Ok(name.to_owned())
     }
@@ -448,7 +592,9 @@ fn node_options(options: &BlockdevOptions) -> Result<NodeOptions, Error> {
         ));
     }
     if node.force_share && !node.read_only {
-        return Err(Error::generic("force-share=on can only be used with read-only images"));
+        return Err(Error::generic(
+            "force-share=on can only be used with read-only images",
+        ));
     }
     Ok(node)
 }

@@ -18,7 +18,11 @@ pub(super) fn fits(leaf: &Node, offset: u64, iov: &IoVec) -> bool {
     let align = u64::from(limits.request_alignment);
     (limits.max_transfer == 0 || iov.len() <= u64::from(limits.max_transfer))
         && (align == 1
-            || (is_aligned(offset, align) && iov.is_aligned(limits.memory_alignment as usize, limits.request_alignment as usize)))
+            || (is_aligned(offset, align)
+                && iov.is_aligned(
+                    limits.memory_alignment as usize,
+                    limits.request_alignment as usize,
+                )))
 }
 
 fn is_aligned(value: u64, align: u64) -> bool {
@@ -30,7 +34,10 @@ fn align_down(value: u64, align: u64) -> u64 {
 }
 
 fn align_up(value: u64, align: u64) -> Result<u64, Errno> {
-    Ok(align_down(value.checked_add(align - 1).ok_or(Errno::EFBIG)?, align))
+    Ok(align_down(
+        value.checked_add(align - 1).ok_or(Errno::EFBIG)?,
+        align,
+    ))
 }
 
 /// The aligned range around a request, and a buffer of its length.
@@ -78,12 +85,23 @@ pub(super) async fn read(leaf: &Arc<Node>, offset: u64, dst: IoVec) -> Result<()
     read_piece(leaf, driver, offset, dst).await
 }
 
-async fn read_piece(leaf: &Node, driver: &dyn Protocol, offset: u64, dst: IoVec) -> Result<(), Errno> {
+async fn read_piece(
+    leaf: &Node,
+    driver: &dyn Protocol,
+    offset: u64,
+    dst: IoVec,
+) -> Result<(), Errno> {
     if fits(leaf, offset, &dst) {
         return driver.read(offset, dst).await;
     }
-    let bounce = Bounce::around(offset, dst.len(), u64::from(leaf.limits().request_alignment))?;
-    driver.read(bounce.start, bounce.buffer.clone().into()).await?;
+    let bounce = Bounce::around(
+        offset,
+        dst.len(),
+        u64::from(leaf.limits().request_alignment),
+    )?;
+    driver
+        .read(bounce.start, bounce.buffer.clone().into())
+        .await?;
     bounce.inner(offset, dst.len()).copy_to(&dst);
     Ok(())
 }
@@ -112,12 +130,19 @@ fn split(leaf: &Node, offset: u64, iov: &IoVec) -> Option<impl Iterator<Item = (
 }
 
 /// Writes to a leaf.
-pub(super) async fn write(leaf: &Arc<Node>, offset: u64, src: IoVec, durable: bool) -> Result<(), Errno> {
+pub(super) async fn write(
+    leaf: &Arc<Node>,
+    offset: u64,
+    src: IoVec,
+    durable: bool,
+) -> Result<(), Errno> {
     let driver = leaf_driver(leaf).ok_or(Errno::EINVAL)?;
     if let Some(pieces) = split(leaf, offset, &src) {
         return join_pieces(
             pieces
-                .map(|(at, piece)| Box::pin(write_piece(leaf, driver, at, piece, durable)) as IoFuture<'_>)
+                .map(|(at, piece)| {
+                    Box::pin(write_piece(leaf, driver, at, piece, durable)) as IoFuture<'_>
+                })
                 .collect(),
         )
         .await;
@@ -125,7 +150,13 @@ pub(super) async fn write(leaf: &Arc<Node>, offset: u64, src: IoVec, durable: bo
     write_piece(leaf, driver, offset, src, durable).await
 }
 
-async fn write_piece(leaf: &Node, driver: &dyn Protocol, offset: u64, src: IoVec, durable: bool) -> Result<(), Errno> {
+async fn write_piece(
+    leaf: &Node,
+    driver: &dyn Protocol,
+    offset: u64,
+    src: IoVec,
+    durable: bool,
+) -> Result<(), Errno> {
     let align = u64::from(leaf.limits().request_alignment);
     if align == 1 {
         return driver.write(offset, src, durable).await;
@@ -145,11 +176,19 @@ async fn write_piece(leaf: &Node, driver: &dyn Protocol, offset: u64, src: IoVec
     let _range = leaf.serialising.lock(bounce.start..bounce.end()).await;
     read_edges(driver, &bounce, offset, len, align).await?;
     src.copy_to(&bounce.inner(offset, len));
-    driver.write(bounce.start, bounce.buffer.into(), durable).await
+    driver
+        .write(bounce.start, bounce.buffer.into(), durable)
+        .await
 }
 
 /// Fills the blocks of the bounce buffer that the request covers only in part.
-async fn read_edges(driver: &dyn Protocol, bounce: &Bounce, offset: u64, len: u64, align: u64) -> Result<(), Errno> {
+async fn read_edges(
+    driver: &dyn Protocol,
+    bounce: &Bounce,
+    offset: u64,
+    len: u64,
+    align: u64,
+) -> Result<(), Errno> {
     let whole = IoVec::from(bounce.buffer.clone());
     let last = bounce.end() - align;
     let mut edges: Vec<IoFuture<'_>> = Vec::new();
@@ -157,7 +196,10 @@ async fn read_edges(driver: &dyn Protocol, bounce: &Bounce, offset: u64, len: u6
         edges.push(driver.read(bounce.start, whole.slice(0..align)));
     }
     if !is_aligned(offset + len, align) && (edges.is_empty() || last != bounce.start) {
-        edges.push(driver.read(last, whole.slice(last - bounce.start..bounce.end() - bounce.start)));
+        edges.push(driver.read(
+            last,
+            whole.slice(last - bounce.start..bounce.end() - bounce.start),
+        ));
     }
     join_pieces(edges).await
 }

@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use stord_aio::Errno;
-
 use crate::driver::{Driver, IoFuture};
 use crate::graph::Node;
 

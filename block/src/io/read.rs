@@ -29,7 +29,9 @@ pub(crate) async fn read(node: &Arc<Node>, offset: u64, dst: IoVec) -> Result<()
 pub(crate) fn try_read(node: &Arc<Node>, offset: u64, dst: &IoVec) -> Option<Result<(), Errno>> {
     let mut path = Path::default();
     match walk::to_read(node, offset, dst.len(), &mut path) {
-        Ok(Place::Leaf(leaf, offset)) if align::fits(&leaf, offset, dst) => leaf_driver(&leaf)?.try_read(offset, dst),
+        Ok(Place::Leaf(leaf, offset)) if align::fits(&leaf, offset, dst) => {
+            leaf_driver(&leaf)?.try_read(offset, dst)
+        }
         Ok(Place::Zero) => {
             dst.fill(0);
             Some(Ok(()))
@@ -84,7 +86,9 @@ fn read_extent<'a>(
         ExtentKind::Data { child, offset } => (child, offset),
     };
     match node.children().node(child) {
-        Some(below) => Ok(Some(Box::pin(async move { read(&below, offset, dst).await }))),
+        Some(below) => Ok(Some(Box::pin(
+            async move { read(&below, offset, dst).await },
+        ))),
         None if child == BACKING => {
             dst.fill(0);
             Ok(None)

@@ -9,7 +9,11 @@ use crate::driver::{BACKING, BlockStatus, Driver, ExtentKind, Format, IoFuture, 
 use crate::graph::Node;
 
 /// The status of the beginning of the range, over the whole backing chain. Past the node's end there are zeroes.
-pub(crate) fn block_status<'a>(node: &'a Arc<Node>, offset: u64, len: u64) -> IoFuture<'a, BlockStatus> {
+pub(crate) fn block_status<'a>(
+    node: &'a Arc<Node>,
+    offset: u64,
+    len: u64,
+) -> IoFuture<'a, BlockStatus> {
     Box::pin(async move {
         if len == 0 {
             return Err(Errno::EINVAL);
@@ -30,7 +34,12 @@ pub(crate) fn block_status<'a>(node: &'a Arc<Node>, offset: u64, len: u64) -> Io
     })
 }
 
-async fn of_format(node: &Arc<Node>, format: &dyn Format, offset: u64, len: u64) -> Result<BlockStatus, Errno> {
+async fn of_format(
+    node: &Arc<Node>,
+    format: &dyn Format,
+    offset: u64,
+    len: u64,
+) -> Result<BlockStatus, Errno> {
     let mut path = Path::default();
     path.pin(node);
     let extent = loop {
@@ -48,10 +57,12 @@ async fn of_format(node: &Arc<Node>, format: &dyn Format, offset: u64, len: u64)
     match extent.kind {
         ExtentKind::Special => Ok(here(true, false)),
         ExtentKind::Zero { reserved } => Ok(here(reserved, true)),
-        ExtentKind::Data { child, offset } if format.status_of_child() => match node.children().node(child) {
-            Some(below) => block_status(&below, offset, extent.len).await,
-            None => Err(Errno::ENOMEDIUM),
-        },
+        ExtentKind::Data { child, offset } if format.status_of_child() => {
+            match node.children().node(child) {
+                Some(below) => block_status(&below, offset, extent.len).await,
+                None => Err(Errno::ENOMEDIUM),
+            }
+        }
         ExtentKind::Data { .. } => Ok(here(true, false)),
         ExtentKind::Unallocated => match node.children().node(BACKING) {
             Some(below) => {

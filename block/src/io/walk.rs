@@ -62,16 +62,32 @@ enum Question {
 }
 
 /// Finds the place to read `len` bytes from.
-pub(super) fn to_read(node: &Arc<Node>, offset: u64, len: u64, path: &mut Path) -> Result<Place, Errno> {
+pub(super) fn to_read(
+    node: &Arc<Node>,
+    offset: u64,
+    len: u64,
+    path: &mut Path,
+) -> Result<Place, Errno> {
     walk(node, offset, len, path, &Question::Read)
 }
 
 /// Finds the place to overwrite `len` bytes in, where that changes no metadata.
-pub(super) fn to_overwrite(node: &Arc<Node>, offset: u64, len: u64, path: &mut Path) -> Result<Place, Errno> {
+pub(super) fn to_overwrite(
+    node: &Arc<Node>,
+    offset: u64,
+    len: u64,
+    path: &mut Path,
+) -> Result<Place, Errno> {
     walk(node, offset, len, path, &Question::Overwrite)
 }
 
-fn walk(node: &Arc<Node>, mut offset: u64, len: u64, path: &mut Path, question: &Question) -> Result<Place, Errno> {
+fn walk(
+    node: &Arc<Node>,
+    mut offset: u64,
+    len: u64,
+    path: &mut Path,
+    question: &Question,
+) -> Result<Place, Errno> {
     let mut held;
     let mut node = node;
     loop {

@@ -7,7 +7,9 @@ use stord_aio::{Errno, IoBuffer, IoVec};
 
 use super::walk::{self, Path, Place, leaf_driver};
 use super::{align, flush, join_pieces, read, write_zeroes};
-use crate::driver::{ChildId, Driver, Extent, ExtentKind, IoFuture, Lookup, PieceSource, WritePlan, ZeroFlags};
+use crate::driver::{
+    ChildId, Driver, Extent, ExtentKind, IoFuture, Lookup, PieceSource, WritePlan, ZeroFlags,
+};
 use crate::graph::{DetectZeroes, Node};
 
 /// Notes a change of the node's content, for the next flush, and its new end.
@@ -19,7 +21,12 @@ pub(super) fn note_change(node: &Node, end: u64) {
 }
 
 /// Writes all of `src`. `durable` makes the write survive a power failure once this returns.
-pub(crate) async fn write(node: &Arc<Node>, offset: u64, src: IoVec, durable: bool) -> Result<(), Errno> {
+pub(crate) async fn write(
+    node: &Arc<Node>,
+    offset: u64,
+    src: IoVec,
+    durable: bool,
+) -> Result<(), Errno> {
     if node.is_read_only() {
         return Err(Errno::EPERM);
     }
@@ -33,7 +40,12 @@ pub(crate) async fn write(node: &Arc<Node>, offset: u64, src: IoVec, durable: bo
 }
 
 /// Writes without a look at what is written.
-pub(super) async fn write_as_is(node: &Arc<Node>, offset: u64, src: IoVec, durable: bool) -> Result<(), Errno> {
+pub(super) async fn write_as_is(
+    node: &Arc<Node>,
+    offset: u64,
+    src: IoVec,
+    durable: bool,
+) -> Result<(), Errno> {
     let mut path = Path::default();
     let len = src.len();
     match walk::to_overwrite(node, offset, len, &mut path)? {
@@ -62,7 +74,9 @@ pub(crate) fn try_write(node: &Arc<Node>, offset: u64, src: &IoVec) -> Option<Re
     }
     let mut path = Path::default();
     match walk::to_overwrite(node, offset, src.len(), &mut path) {
-        Ok(Place::Leaf(leaf, at)) if leaf.limits().request_alignment == 1 && align::fits(&leaf, at, src) => {
+        Ok(Place::Leaf(leaf, at))
+            if leaf.limits().request_alignment == 1 && align::fits(&leaf, at, src) =>
+        {
             let result = leaf_driver(&leaf)?.try_write(at, src)?;
             if result.is_ok() {
                 note_change(&leaf, at + src.len());
@@ -94,7 +108,10 @@ fn allocating<'a>(node: &'a Arc<Node>, offset: u64, src: IoVec, durable: bool) -
             return Err(Errno::EINVAL);
         };
         let total = src.len();
-        if offset.checked_add(total).is_none_or(|end| end > node.size()) {
+        if offset
+            .checked_add(total)
+            .is_none_or(|end| end > node.size())
+        {
             return Err(Errno::EINVAL);
         }
         let mut pieces: Vec<IoFuture<'a>> = Vec::new();
@@ -120,13 +137,25 @@ fn allocating<'a>(node: &'a Arc<Node>, offset: u64, src: IoVec, durable: bool) -
     })
 }
 
-fn to_child<'a>(node: &Arc<Node>, child: ChildId, offset: u64, src: IoVec) -> Result<IoFuture<'a>, Errno> {
+fn to_child<'a>(
+    node: &Arc<Node>,
+    child: ChildId,
+    offset: u64,
+    src: IoVec,
+) -> Result<IoFuture<'a>, Errno> {
     let below = node.children().node(child).ok_or(Errno::ENOMEDIUM)?;
-    Ok(Box::pin(async move { write(&below, offset, src, false).await }))
+    Ok(Box::pin(
+        async move { write(&below, offset, src, false).await },
+    ))
 }
 
 /// Gathers the bytes of a plan's pieces, writes them, and commits. `payload` begins at guest offset `start`.
-async fn carry_out(node: &Arc<Node>, start: u64, plan: WritePlan, payload: IoVec) -> Result<(), Errno> {
+async fn carry_out(
+    node: &Arc<Node>,
+    start: u64,
+    plan: WritePlan,
+    payload: IoVec,
+) -> Result<(), Errno> {
     let mut existing: Vec<IoFuture<'_>> = Vec::new();
     let mut runs: Vec<(ChildId, u64, IoVec)> = Vec::new();
     for piece in &plan.pieces {
@@ -143,7 +172,11 @@ async fn carry_out(node: &Arc<Node>, start: u64, plan: WritePlan, payload: IoVec
             }
         };
         match runs.last_mut() {
-            Some((child, offset, run)) if *child == piece.child && *offset + run.len() == piece.offset => run.append(bytes),
+            Some((child, offset, run))
+                if *child == piece.child && *offset + run.len() == piece.offset =>
+            {
+                run.append(bytes);
+            }
             _ => runs.push((piece.child, piece.offset, bytes)),
         }
     }

@@ -13,7 +13,12 @@ use crate::graph::Node;
 const DATA_PIECE: u64 = 1 << 20;
 
 /// Makes the range read as zeroes.
-pub(crate) async fn write_zeroes(node: &Arc<Node>, offset: u64, len: u64, mut flags: ZeroFlags) -> Result<(), Errno> {
+pub(crate) async fn write_zeroes(
+    node: &Arc<Node>,
+    offset: u64,
+    len: u64,
+    mut flags: ZeroFlags,
+) -> Result<(), Errno> {
     if node.is_read_only() {
         return Err(Errno::EPERM);
     }
@@ -32,7 +37,11 @@ pub(crate) async fn write_zeroes(node: &Arc<Node>, offset: u64, len: u64, mut fl
         body(node, body_start, body_end, flags).await?;
         edge(node, body_end, end, flags).await?;
     }
-    if flags.contains(ZeroFlags::DURABLE) { flush(node).await } else { Ok(()) }
+    if flags.contains(ZeroFlags::DURABLE) {
+        flush(node).await
+    } else {
+        Ok(())
+    }
 }
 
 /// The part of the range that the driver takes: aligned, or reaching the node's end.
@@ -62,7 +71,9 @@ async fn body(node: &Arc<Node>, start: u64, end: u64, flags: ZeroFlags) -> Resul
             note_change(node, end);
             Ok(())
         }
-        Err(Errno::ENOTSUP) if !flags.contains(ZeroFlags::NO_FALLBACK) => as_data(node, start, end).await,
+        Err(Errno::ENOTSUP) if !flags.contains(ZeroFlags::NO_FALLBACK) => {
+            as_data(node, start, end).await
+        }
         Err(errno) => Err(errno),
     }
 }
@@ -91,7 +102,13 @@ async fn as_data(node: &Arc<Node>, start: u64, end: u64) -> Result<(), Errno> {
         let len = (end - at).min(DATA_PIECE);
         let len_in_memory = usize::try_from(len).map_err(|_| Errno::ENOMEM)?;
         // Past `detect-zeroes`, which would bring the piece back here.
-        Box::pin(write_as_is(node, at, buffer.slice(0..len_in_memory).into(), false)).await?;
+        Box::pin(write_as_is(
+            node,
+            at,
+            buffer.slice(0..len_in_memory).into(),
+            false,
+        ))
+        .await?;
         at += len;
     }
     Ok(())

@@ -4,7 +4,9 @@ use stord_aio::Errno;
 use stord_qmp::Error;
 use stord_qmp::schema::block::BlockdevOptionsRaw;
 
-use crate::driver::{ChildId, Extent, ExtentKind, FILE, Format, IoFuture, Limits, Lookup, WritePlan, ZeroFlags};
+use crate::driver::{
+    ChildId, Extent, ExtentKind, FILE, Format, IoFuture, Limits, Lookup, WritePlan, ZeroFlags,
+};
 use crate::graph::{Children, Claim, Permissions};
 
 /// Sizes given by the user are multiples of this.
@@ -26,7 +28,10 @@ impl Raw {
     pub fn open(children: Children, options: &BlockdevOptionsRaw) -> Result<Self, Error> {
         let file_size = children.size(FILE);
         let offset = non_negative(options.offset.unwrap_or(0), "offset")?;
-        let size = options.size.map(|size| non_negative(size, "size")).transpose()?;
+        let size = options
+            .size
+            .map(|size| non_negative(size, "size"))
+            .transpose()?;
         if offset > file_size {
             return Err(Error::generic(format!(
                 "Offset ({offset}) cannot be greater than size of the containing file ({file_size})"
@@ -34,7 +39,9 @@ impl Raw {
         }
         if let Some(size) = size {
             if !size.is_multiple_of(SECTOR) {
-                return Err(Error::generic(format!("Specified size is not multiple of {SECTOR}")));
+                return Err(Error::generic(format!(
+                    "Specified size is not multiple of {SECTOR}"
+                )));
             }
             if offset.checked_add(size).is_none_or(|end| end > file_size) {
                 return Err(Error::generic(format!(
@@ -43,7 +50,11 @@ impl Raw {
                 )));
             }
         }
-        Ok(Self { children, offset, size })
+        Ok(Self {
+            children,
+            offset,
+            size,
+        })
     }
 
     fn window(&self, offset: u64, len: u64) -> Result<Lookup<Extent>, Errno> {
@@ -62,7 +73,8 @@ impl Raw {
 }
 
 fn non_negative(value: i64, name: &str) -> Result<u64, Error> {
-    u64::try_from(value).map_err(|_| Error::generic(format!("Parameter '{name}' expects a non-negative number")))
+    u64::try_from(value)
+        .map_err(|_| Error::generic(format!("Parameter '{name}' expects a non-negative number")))
 }
 
 impl Format for Raw {
@@ -71,7 +83,8 @@ impl Format for Raw {
     }
 
     fn length(&self) -> u64 {
-        self.size.unwrap_or_else(|| self.children.size(FILE).saturating_sub(self.offset))
+        self.size
+            .unwrap_or_else(|| self.children.size(FILE).saturating_sub(self.offset))
     }
 
     fn map_read(&self, offset: u64, len: u64) -> Result<Lookup<Extent>, Errno> {
@@ -92,7 +105,11 @@ impl Format for Raw {
     }
 
     fn write_zeroes<'a>(&'a self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'a> {
-        Box::pin(async move { self.children.write_zeroes(FILE, self.below(offset)?, len, flags).await })
+        Box::pin(async move {
+            self.children
+                .write_zeroes(FILE, self.below(offset)?, len, flags)
+                .await
+        })
     }
 
     fn discard<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a> {
@@ -117,7 +134,13 @@ impl Format for Raw {
     }
 
     /// Without metadata of its own, it needs and shares just what its parents do.
-    fn child_claim(&self, _child: ChildId, wanted: Permissions, shared: Permissions, _writable: bool) -> Claim {
+    fn child_claim(
+        &self,
+        _child: ChildId,
+        wanted: Permissions,
+        shared: Permissions,
+        _writable: bool,
+    ) -> Claim {
         Claim {
             permissions: wanted,
             shared,

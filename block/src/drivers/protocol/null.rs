@@ -27,7 +27,8 @@ impl Null {
     pub fn open(options: &BlockdevOptionsNull) -> Result<Self, Error> {
         let size = options.size.unwrap_or(DEFAULT_SIZE);
         Ok(Self {
-            size: u64::try_from(size).map_err(|_| Error::generic("Parameter 'size' expects a non-negative number"))?,
+            size: u64::try_from(size)
+                .map_err(|_| Error::generic("Parameter 'size' expects a non-negative number"))?,
             latency: Duration::from_nanos(options.latency_ns.unwrap_or(0)),
             zeroes: options.read_zeroes.unwrap_or(false),
         })

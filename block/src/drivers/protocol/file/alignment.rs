@@ -34,7 +34,10 @@ pub(super) fn limits(fd: &OwnedFd, direct: bool) -> Result<Limits, Errno> {
 }
 
 fn smallest(mut works: impl FnMut(u32) -> bool) -> Result<u32, Errno> {
-    CANDIDATES.into_iter().find(|candidate| works(*candidate)).ok_or(Errno::EINVAL)
+    CANDIDATES
+        .into_iter()
+        .find(|candidate| works(*candidate))
+        .ok_or(Errno::EINVAL)
 }
 
 fn read_works(fd: &OwnedFd, room: &mut [u8], at: usize, len: usize) -> bool {

@@ -62,7 +62,12 @@ impl Locks {
     }
 
     /// Takes the locks that are new and looks for opponents; keeps those held so far.
-    pub(super) fn prepare(&self, used: Permissions, shared: Permissions, filename: &str) -> Result<(), Error> {
+    pub(super) fn prepare(
+        &self,
+        used: Permissions,
+        shared: Permissions,
+        filename: &str,
+    ) -> Result<(), Error> {
         let Some(fd) = &self.fd else { return Ok(()) };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = Held {
@@ -75,9 +80,13 @@ impl Locks {
         };
         state.wanted = wanted;
         let taken = apply(fd, state.held, both)
-            .map_err(|(what, errno)| Error::generic(format!("Failed to lock byte {what}")).with_source(errno))
-            .and_then(|()| find_opponent(fd, wanted).map_err(|message| Error::generic(message)))
-            .map_err(|error| error.with_hint(format!("Is another process using the image [{filename}]?")));
+            .map_err(|(what, errno)| {
+                Error::generic(format!("Failed to lock byte {what}")).with_source(errno)
+            })
+            .and_then(|()| find_opponent(fd, wanted).map_err(Error::generic))
+            .map_err(|error| {
+                error.with_hint(format!("Is another process using the image [{filename}]?"))
+            });
         if taken.is_err() {
             // Back to what was held; letting go cannot fail.
             let _ = apply(fd, both, state.held);
@@ -123,7 +132,10 @@ fn flock(kind: i32, byte: i64) -> libc::flock {
 
 /// Goes from one set of locks to another; on failure says at which byte.
 fn apply(fd: &OwnedFd, from: Held, to: Held) -> Result<(), (i64, Errno)> {
-    for (base, from, to) in [(USED_BASE, from.used, to.used), (UNSHARED_BASE, from.unshared, to.unshared)] {
+    for (base, from, to) in [
+        (USED_BASE, from.used, to.used),
+        (UNSHARED_BASE, from.unshared, to.unshared),
+    ] {
         for (byte, bit) in bytes(base, Permissions::all()) {
             let kind = match (from.contains(bit), to.contains(bit)) {
                 (false, true) => libc::F_RDLCK,
@@ -138,10 +150,14 @@ fn apply(fd: &OwnedFd, from: Held, to: Held) -> Result<(), (i64, Errno)> {
 
 /// Looks whether another process refuses what we use, or uses what we refuse.
 fn find_opponent(fd: &OwnedFd, wanted: Held) -> Result<(), String> {
-    for (base, ours, what) in [(UNSHARED_BASE, wanted.used, ""), (USED_BASE, wanted.unshared, "shared ")] {
+    for (base, ours, what) in [
+        (UNSHARED_BASE, wanted.used, ""),
+        (USED_BASE, wanted.unshared, "shared "),
+    ] {
         for (byte, bit) in bytes(base, ours) {
             let mut query = flock(libc::F_WRLCK, byte);
-            let free = fcntl(fd, FcntlArg::F_OFD_GETLK(&mut query)).is_ok() && i32::from(query.l_type) == libc::F_UNLCK;
+            let free = fcntl(fd, FcntlArg::F_OFD_GETLK(&mut query)).is_ok()
+                && i32::from(query.l_type) == libc::F_UNLCK;
             if !free {
                 return Err(format!("Failed to get {what}\"{}\" lock", bit.names()));
             }
@@ -152,7 +168,8 @@ fn find_opponent(fd: &OwnedFd, wanted: Held) -> Result<(), String> {
 
 /// The lock byte of each permission in the set.
 fn bytes(base: i64, set: Permissions) -> impl Iterator<Item = (i64, Permissions)> {
-    set.iter().map(move |bit| (base + i64::from(bit.bits().trailing_zeros()), bit))
+    set.iter()
+        .map(move |bit| (base + i64::from(bit.bits().trailing_zeros()), bit))
 }
 
 #[cfg(test)]
@@ -168,31 +185,74 @@ mod tests {
     fn writer_and_reader_that_refuses_writers_exclude_each_other() {
         let image = tempfile::NamedTempFile::new().unwrap();
         let (writer, reader) = (opened(image.path()), opened(image.path()));
-        writer.prepare(Permissions::WRITE, Permissions::all(), "x").unwrap();
+        writer
+            .prepare(Permissions::WRITE, Permissions::all(), "x")
+            .unwrap();
         writer.commit();
         let refused = reader
-            .prepare(Permissions::CONSISTENT_READ, Permissions::all() - Permissions::WRITE, "x")
+            .prepare(
+                Permissions::CONSISTENT_READ,
+                Permissions::all() - Permissions::WRITE,
+                "x",
+            )
             .unwrap_err();
         assert_eq!(refused.message, "Failed to get shared \"write\" lock");
-        assert_eq!(refused.hint.as_deref(), Some("Is another process using the image [x]?"));
-        writer.prepare(Permissions::empty(), Permissions::all(), "x").unwrap();
+        assert_eq!(
+            refused.hint.as_deref(),
+            Some("Is another process using the image [x]?")
+        );
+        writer
+            .prepare(Permissions::empty(), Permissions::all(), "x")
+            .unwrap();
         writer.commit();
-        reader.prepare(Permissions::CONSISTENT_READ, Permissions::all() - Permissions::WRITE, "x").unwrap();
+        reader
+            .prepare(
+                Permissions::CONSISTENT_READ,
+                Permissions::all() - Permissions::WRITE,
+                "x",
+            )
+            .unwrap();
         reader.commit();
-        let refused = writer.prepare(Permissions::WRITE, Permissions::all(), "x").unwrap_err();
+        let refused = writer
+            .prepare(Permissions::WRITE, Permissions::all(), "x")
+            .unwrap_err();
         assert_eq!(refused.message, "Failed to get \"write\" lock");
     }
 
     #[test]
     fn failed_and_aborted_preparations_leave_the_old_locks() {
         let image = tempfile::NamedTempFile::new().unwrap();
-        let (first, second, third) = (opened(image.path()), opened(image.path()), opened(image.path()));
-        first.prepare(Permissions::CONSISTENT_READ, Permissions::all() - Permissions::WRITE, "x").unwrap();
+        let (first, second, third) = (
+            opened(image.path()),
+            opened(image.path()),
+            opened(image.path()),
+        );
+        first
+            .prepare(
+                Permissions::CONSISTENT_READ,
+                Permissions::all() - Permissions::WRITE,
+                "x",
+            )
+            .unwrap();
         first.commit();
-        second.prepare(Permissions::WRITE, Permissions::all(), "x").unwrap_err();
-        third.prepare(Permissions::RESIZE, Permissions::all() - Permissions::RESIZE, "x").unwrap();
+        second
+            .prepare(Permissions::WRITE, Permissions::all(), "x")
+            .unwrap_err();
+        third
+            .prepare(
+                Permissions::RESIZE,
+                Permissions::all() - Permissions::RESIZE,
+                "x",
+            )
+            .unwrap();
         third.abort();
         // Neither the failed nor the aborted one holds anything against this.
-        second.prepare(Permissions::RESIZE, Permissions::all() - Permissions::WRITE, "x").unwrap();
+        second
+            .prepare(
+                Permissions::RESIZE,
+                Permissions::all() - Permissions::WRITE,
+                "x",
+            )
+            .unwrap();
     }
 }

@@ -63,24 +63,42 @@ impl FileDriver {
         self.access.read_only
     }
 
+    fn take_prepared(&self) -> Option<File> {
+        self.prepared
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
     fn file(&self) -> Arc<File> {
         self.file.load_full()
     }
 
-    async fn on_pool<T: Send + 'static>(&self, f: impl FnOnce(&File) -> Result<T, Errno> + Send + 'static) -> Result<T, Errno> {
+    async fn on_pool<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&File) -> Result<T, Errno> + Send + 'static,
+    ) -> Result<T, Errno> {
         let file = self.file();
         pool::run(move || f(&file)).await
     }
 
     async fn punch_hole(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        try_once(&self.no_punch_hole, self.file().fallocate(Fallocate::PunchHole, offset, len)).await
+        try_once(
+            &self.no_punch_hole,
+            self.file().fallocate(Fallocate::PunchHole, offset, len),
+        )
+        .await
     }
 
     async fn zero_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let mode = Fallocate::ZeroRange {
             keep_size: self.is_device,
         };
-        try_once(&self.no_zero_range, self.file().fallocate(mode, offset, len)).await
+        try_once(
+            &self.no_zero_range,
+            self.file().fallocate(mode, offset, len),
+        )
+        .await
     }
 
     async fn zero(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), Errno> {
@@ -104,7 +122,10 @@ impl FileDriver {
         }
         self.punch_hole(offset, len).await?;
         let mode = Fallocate::Allocate { keep_size: false };
-        self.file().fallocate(mode, offset, len).await.map_err(unsupported)?;
+        self.file()
+            .fallocate(mode, offset, len)
+            .await
+            .map_err(unsupported)?;
         self.grow_to(offset + len);
         Ok(())
     }
@@ -115,7 +136,10 @@ impl FileDriver {
 }
 
 /// Runs an operation unless it was refused as unsupported before.
-async fn try_once(refused: &AtomicBool, operation: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
+async fn try_once(
+    refused: &AtomicBool,
+    operation: impl Future<Output = Result<(), Errno>>,
+) -> Result<(), Errno> {
     if refused.load(Ordering::Relaxed) {
         return Err(Errno::ENOTSUP);
     }
@@ -129,7 +153,9 @@ async fn try_once(refused: &AtomicBool, operation: impl Future<Output = Result<(
 /// Gives the many ways of saying "not here" one name.
 fn unsupported(errno: Errno) -> Errno {
     match errno {
-        Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::ENOTTY | Errno::EINVAL => Errno::ENOTSUP,
+        Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENODEV | Errno::ENOTTY | Errno::EINVAL => {
+            Errno::ENOTSUP
+        }
         other => other,
     }
 }
@@ -202,7 +228,8 @@ impl Protocol for FileDriver {
             if self.is_device {
                 return Ok(data(len));
             }
-            self.on_pool(move |file| seek_status(file, offset, len)).await
+            self.on_pool(move |file| seek_status(file, offset, len))
+                .await
         })
     }
 
@@ -217,7 +244,8 @@ impl Protocol for FileDriver {
                 };
             }
             let length = i64::try_from(size).map_err(|_| Errno::EFBIG)?;
-            self.on_pool(move |file| ftruncate(file.fd(), length)).await?;
+            self.on_pool(move |file| ftruncate(file.fd(), length))
+                .await?;
             self.length.store(size, Ordering::Release);
             Ok(())
         })
@@ -226,11 +254,17 @@ impl Protocol for FileDriver {
     fn allocated_size<'a>(&'a self) -> IoFuture<'a, u64> {
         Box::pin(async move {
             let stat = self.on_pool(|file| fstat(file.fd())).await?;
-            Ok(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
+            Ok(u64::try_from(stat.st_blocks)
+                .unwrap_or(0)
+                .saturating_mul(512))
         })
     }
 
-    fn prepare_permissions(&self, permissions: Permissions, shared: Permissions) -> Result<(), Error> {
+    fn prepare_permissions(
+        &self,
+        permissions: Permissions,
+        shared: Permissions,
+    ) -> Result<(), Error> {
         let writes = permissions.intersects(Permissions::WRITABLE | Permissions::RESIZE);
         if self.access.dynamic && writes != self.access.writable.load(Ordering::Acquire) {
             let other = self.open_again(writes)?;
@@ -238,13 +272,14 @@ impl Protocol for FileDriver {
         }
         let prepared = self.locks.prepare(permissions, shared, &self.filename);
         if prepared.is_err() {
-            *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            drop(self.take_prepared());
         }
         prepared
     }
 
     fn commit_permissions(&self) {
-        if let Some(other) = self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        let prepared = self.take_prepared();
+        if let Some(other) = prepared {
             self.file.store(Arc::new(other));
             self.access.writable.fetch_xor(true, Ordering::AcqRel);
         }
@@ -252,7 +287,7 @@ impl Protocol for FileDriver {
     }
 
     fn abort_permissions(&self) {
-        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        drop(self.take_prepared());
         self.locks.abort();
     }
 
@@ -298,9 +333,14 @@ fn seek_status(file: &File, offset: u64, len: u64) -> Result<BlockStatus, Errno>
 impl FileDriver {
     /// Opens the same file with another access mode.
     fn open_again(&self, writable: bool) -> Result<File, Error> {
-        let fd: OwnedFd = open::reopen(self.file().fd().as_fd(), writable, self.access.direct).map_err(|errno| {
-            Error::generic(format!("Could not open '{}': {}", self.filename, errno.desc()))
-        })?;
+        let fd: OwnedFd = open::reopen(self.file().fd().as_fd(), writable, self.access.direct)
+            .map_err(|errno| {
+                Error::generic(format!(
+                    "Could not open '{}': {}",
+                    self.filename,
+                    errno.desc()
+                ))
+            })?;
         Ok(File::new(fd, self.access.engine))
     }
 }

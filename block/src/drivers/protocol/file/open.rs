@@ -33,16 +33,29 @@ pub(crate) async fn open(
 
 /// Opens the file that `fd` is open on once more, whatever its name leads to by now.
 pub(super) fn reopen(fd: BorrowedFd<'_>, writable: bool, direct: bool) -> Result<OwnedFd, Errno> {
-    open_path(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str(), flags(writable, direct), Mode::empty())
+    open_path(
+        format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str(),
+        flags(writable, direct),
+        Mode::empty(),
+    )
 }
 
 fn flags(writable: bool, direct: bool) -> OFlag {
-    let mut flags = OFlag::O_CLOEXEC | if writable { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+    let mut flags = OFlag::O_CLOEXEC
+        | if writable {
+            OFlag::O_RDWR
+        } else {
+            OFlag::O_RDONLY
+        };
     flags.set(OFlag::O_DIRECT, direct);
     flags
 }
 
-fn open_here(driver_name: &'static str, options: &BlockdevOptionsFile, node: &NodeOptions) -> Result<FileDriver, Error> {
+fn open_here(
+    driver_name: &'static str,
+    options: &BlockdevOptionsFile,
+    node: &NodeOptions,
+) -> Result<FileDriver, Error> {
     let filename = &options.filename;
     if options.aio == Some(BlockdevAioOptions::Native) && !node.direct {
         return Err(Error::generic(
@@ -51,21 +64,34 @@ fn open_here(driver_name: &'static str, options: &BlockdevOptionsFile, node: &No
     }
     let dynamic = node.auto_read_only && !node.read_only;
     let writable = !node.read_only && !dynamic;
-    let fd = open_path(filename.as_str(), flags(writable, node.direct) | OFlag::O_NONBLOCK, Mode::empty())
-        .map_err(|errno| cannot_open(filename, errno, node.direct))?;
+    let fd = open_path(
+        filename.as_str(),
+        flags(writable, node.direct) | OFlag::O_NONBLOCK,
+        Mode::empty(),
+    )
+    .map_err(|errno| cannot_open(filename, errno, node.direct))?;
     let stat = fstat(&fd).map_err(|errno| cannot_open(filename, errno, false))?;
     let is_device = check_kind(driver_name, filename, stat.st_mode)?;
     if own_mounts::contains(stat.st_dev) {
-        return Err(Error::generic(format!("Could not open '{filename}': it is on a mount of this daemon's own"))
-            .with_hint("Open the image that is exported there instead"));
+        return Err(Error::generic(format!(
+            "Could not open '{filename}': it is on a mount of this daemon's own"
+        ))
+        .with_hint("Open the image that is exported there instead"));
     }
     let locks = Locks::new(lock_descriptor(&fd, options)?);
     let end = lseek(&fd, 0, Whence::SeekEnd).map_err(|errno| {
-        Error::generic(format!("Could not get the size of '{filename}': {}", errno.desc())).with_source(errno)
+        Error::generic(format!(
+            "Could not get the size of '{filename}': {}",
+            errno.desc()
+        ))
+        .with_source(errno)
     })?;
     let limits = alignment::limits(&fd, node.direct).map_err(|errno| {
-        Error::generic(format!("Could not find working O_DIRECT alignment: {}", errno.desc()))
-            .with_hint("Try cache.direct=off")
+        Error::generic(format!(
+            "Could not find working O_DIRECT alignment: {}",
+            errno.desc()
+        ))
+        .with_hint("Try cache.direct=off")
     })?;
     let engine = match options.aio {
         None => Engine::Auto,
@@ -97,11 +123,16 @@ fn open_here(driver_name: &'static str, options: &BlockdevOptionsFile, node: &No
 
 fn cannot_open(filename: &str, errno: Errno, direct: bool) -> Error {
     if direct && errno == Errno::EINVAL {
-        return Error::generic(format!("Could not open '{filename}': filesystem does not support O_DIRECT"));
+        return Error::generic(format!(
+            "Could not open '{filename}': filesystem does not support O_DIRECT"
+        ));
     }
-    let error = Error::generic(format!("Could not open '{filename}': {}", errno.desc())).with_source(errno);
+    let error =
+        Error::generic(format!("Could not open '{filename}': {}", errno.desc())).with_source(errno);
     match errno {
-        Errno::EACCES | Errno::EPERM | Errno::EROFS => error.with_hint("Is read-only=on what you want?"),
+        Errno::EACCES | Errno::EPERM | Errno::EROFS => {
+            error.with_hint("Is read-only=on what you want?")
+        }
         _ => error,
     }
 }
@@ -115,7 +146,9 @@ fn check_kind(driver_name: &str, filename: &str, mode: u32) -> Result<bool, Erro
         _ => (kind == SFlag::S_IFREG, "a regular file"),
     };
     if !fits {
-        return Err(Error::generic(format!("'{driver_name}' driver requires '{filename}' to be {wanted}")));
+        return Err(Error::generic(format!(
+            "'{driver_name}' driver requires '{filename}' to be {wanted}"
+        )));
     }
     Ok(is_device)
 }
@@ -128,11 +161,16 @@ fn lock_descriptor(fd: &OwnedFd, options: &BlockdevOptionsFile) -> Result<Option
     }
     if !Locks::supported(fd) {
         return match wanted {
-            OnOffAuto::On => Err(Error::generic(format!("Could not lock '{}': the file system has no locks", options.filename))
-                .with_hint("Use locking=off, and make sure that nobody else writes to the image")),
+            OnOffAuto::On => Err(Error::generic(format!(
+                "Could not lock '{}': the file system has no locks",
+                options.filename
+            ))
+            .with_hint("Use locking=off, and make sure that nobody else writes to the image")),
             _ => Ok(None),
         };
     }
     let kept = fd.as_fd().try_clone_to_owned();
-    kept.map(Some).map_err(|source| Error::generic("Could not duplicate a file descriptor").with_source(source))
+    kept.map(Some).map_err(|source| {
+        Error::generic("Could not duplicate a file descriptor").with_source(source)
+    })
 }

@@ -6,7 +6,10 @@ static DEVICES: Mutex<Vec<u64>> = Mutex::new(Vec::new());
 
 /// Notes a file system served by this process, by its device number.
 pub fn add(device: u64) {
-    DEVICES.lock().unwrap_or_else(PoisonError::into_inner).push(device);
+    DEVICES
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(device);
 }
 
 /// Forgets one.
@@ -19,5 +22,8 @@ pub fn remove(device: u64) {
 
 /// Whether this process serves the file system.
 pub fn contains(device: u64) -> bool {
-    DEVICES.lock().unwrap_or_else(PoisonError::into_inner).contains(&device)
+    DEVICES
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .contains(&device)
 }

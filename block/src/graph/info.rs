@@ -1,0 +1,120 @@
+//! What the graph tells about its nodes, for `query-named-block-nodes`.
+
+use std::sync::Arc;
+
+use stord_qmp::Error;
+use stord_qmp::schema::block::BlockdevDetectZeroesOptions;
+use stord_qmp::schema::node_info::{BlockDeviceInfo, BlockIoLimits, BlockdevCacheInfo, ImageInfo};
+
+use super::{DetectZeroes, Graph, Node};
+use crate::driver::{BACKING, Driver, FormatInfo};
+use crate::drivers::filename;
+use crate::io;
+
+impl Graph {
+    /// All nodes, the newest first as the reference lists them; without the backing images' own descriptions if `flat`.
+    ///
+    /// # Errors
+    /// The I/O context has ended.
+    pub async fn query_named_block_nodes(&self, flat: bool) -> Result<Vec<BlockDeviceInfo>, Error> {
+        let nodes: Vec<Arc<Node>> = self.nodes.borrow().iter().rev().cloned().collect();
+        let mut infos = Vec::with_capacity(nodes.len());
+        for node in nodes {
+            infos.push(self.device_info(&node, flat).await?);
+        }
+        Ok(infos)
+    }
+
+    async fn device_info(&self, node: &Arc<Node>, flat: bool) -> Result<BlockDeviceInfo, Error> {
+        let options = node.options();
+        let backing = node.children().node(BACKING);
+        Ok(BlockDeviceInfo {
+            file: filename::of_node(node),
+            node_name: Some(node.name().to_owned()),
+            ro: node.is_read_only(),
+            drv: node.driver_name().to_owned(),
+            backing_file: backing.as_deref().map(filename::of_node),
+            backing_file_depth: chain_depth(node),
+            active: true,
+            encrypted: false,
+            detect_zeroes: match options.detect_zeroes {
+                DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
+                DetectZeroes::On => BlockdevDetectZeroesOptions::On,
+                DetectZeroes::Unmap => BlockdevDetectZeroesOptions::Unmap,
+            },
+            limits: BlockIoLimits::default(),
+            image: self.image_info(node, flat).await?,
+            cache: BlockdevCacheInfo {
+                writeback: true,
+                direct: options.direct,
+                no_flush: options.no_flush,
+            },
+            write_threshold: 0,
+            dirty_bitmaps: None,
+        })
+    }
+
+    async fn image_info(&self, node: &Arc<Node>, flat: bool) -> Result<ImageInfo, Error> {
+        let mut infos = Vec::new();
+        let mut next = Some(Arc::clone(node));
+        while let Some(node) = next {
+            infos.push(self.one_image_info(&node).await?);
+            next = if flat {
+                None
+            } else {
+                node.children().node(BACKING)
+            };
+        }
+        let mut chain: Option<ImageInfo> = None;
+        for mut info in infos.into_iter().rev() {
+            info.backing_image = chain.map(Box::new);
+            chain = Some(info);
+        }
+        chain.ok_or_else(|| Error::generic("a node without an image"))
+    }
+
+    async fn one_image_info(&self, node: &Arc<Node>) -> Result<ImageInfo, Error> {
+        let info = match node.driver() {
+            Driver::Format(format) => format.info(),
+            Driver::Protocol(_) => FormatInfo::default(),
+        };
+        let size_of = Arc::clone(node);
+        let allocated = self
+            .contexts
+            .main()
+            .run(move || async move { io::allocated_size(&size_of).await })
+            .await
+            .map_err(|gone| Error::generic(gone.to_string()))?;
+        let full_backing_filename = match (&info.backing_file, node.children().node(BACKING)) {
+            (Some(_), Some(backing)) => Some(filename::of_node(&backing)),
+            (Some(name), None) => Some(name.clone()),
+            (None, _) => None,
+        };
+        Ok(ImageInfo {
+            filename: filename::of_node(node),
+            format: node.driver_name().to_owned(),
+            dirty_flag: info.dirty,
+            actual_size: allocated.ok().and_then(|size| i64::try_from(size).ok()),
+            virtual_size: i64::try_from(node.size()).unwrap_or(i64::MAX),
+            cluster_size: info.cluster_size.and_then(|size| i64::try_from(size).ok()),
+            encrypted: None,
+            compressed: None,
+            backing_filename: info.backing_file,
+            full_backing_filename,
+            backing_filename_format: info.backing_format,
+            snapshots: info.snapshots,
+            format_specific: info.specific,
+            backing_image: None,
+        })
+    }
+}
+
+fn chain_depth(node: &Node) -> i64 {
+    let mut depth = 0;
+    let mut next = node.children().node(BACKING);
+    while let Some(node) = next {
+        depth += 1;
+        next = node.children().node(BACKING);
+    }
+    depth
+}
