@@ -254,16 +254,7 @@ fn decode_u64(input: &Input<'_>) -> Result<u64, Error> {
         Scalar::Typed(value) => (value.as_u64())
             .or_else(|| value.as_i64().map(i64::cast_unsigned))
             .ok_or_else(|| input.expects("uint64")),
-        Scalar::Text(text) => parse_integer(text)
-            .and_then(|value| {
-                let magnitude = u64::try_from(value.unsigned_abs()).ok()?;
-                Some(if value < 0 {
-                    magnitude.wrapping_neg()
-                } else {
-                    magnitude
-                })
-            })
-            .ok_or_else(|| input.expects("integer")),
+        Scalar::Text(text) => parse_u64(text).ok_or_else(|| input.expects("integer")),
     }
 }
 
@@ -305,6 +296,17 @@ pub(crate) fn parse_bool(text: &str) -> Option<bool> {
         "off" | "no" | "false" | "n" => Some(false),
         _ => None,
     }
+}
+
+/// Reads an unsigned integer; a negative one is its two's complement.
+pub(crate) fn parse_u64(text: &str) -> Option<u64> {
+    let value = parse_integer(text)?;
+    let magnitude = u64::try_from(value.unsigned_abs()).ok()?;
+    Some(if value < 0 {
+        magnitude.wrapping_neg()
+    } else {
+        magnitude
+    })
 }
 
 /// Reads an integer as C's `strtoll` with base 0 does: blanks, a sign, `0x` or a leading zero.

@@ -90,6 +90,13 @@ impl Error {
     }
 }
 
+/// Errors are equal if a client cannot tell them apart.
+impl PartialEq for Error {
+    fn eq(&self, other: &Self) -> bool {
+        (self.class, &self.message) == (other.class, &other.message)
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

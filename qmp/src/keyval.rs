@@ -16,6 +16,7 @@
 use serde_json::{Map, Value};
 
 use crate::error::Error;
+use crate::opts::split_value;
 
 /// The longest fragment of a key, in bytes.
 const MAX_FRAGMENT: usize = 127;
@@ -66,23 +67,6 @@ pub fn parse(text: &str, implied_key: Option<&str>) -> Result<Parameters, Error>
         value: listify("", tree)?,
         help,
     })
-}
-
-/// Splits a value off the text, `,,` in it standing for a comma.
-fn split_value(text: &str) -> (String, &str) {
-    let mut value = String::new();
-    let mut rest = text;
-    loop {
-        let (plain, comma) = rest.split_at(rest.find(',').unwrap_or(rest.len()));
-        value.push_str(plain);
-        match comma.strip_prefix(",,") {
-            Some(after) => {
-                value.push(',');
-                rest = after;
-            }
-            None => return (value, comma.strip_prefix(',').unwrap_or(comma)),
-        }
-    }
 }
 
 /// Splits a key into its fragments.

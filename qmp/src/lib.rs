@@ -11,14 +11,21 @@
 extern crate self as stord_qmp;
 
 pub mod builtin;
+pub mod chardev_opts;
+pub mod command;
 pub mod error;
+pub mod event;
+pub mod identifier;
 pub mod introspect;
 pub mod json;
 pub mod keyval;
+pub mod opts;
 pub mod schema;
+pub mod session;
 pub mod visitor;
 
 pub use error::{Error, ErrorClass};
+pub use event::Event;
 pub use stord_qmp_derive::Qapi;
 pub use visitor::Qapi;
 
