@@ -17,12 +17,10 @@ use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::opts::split_value;
+use crate::visitor::MAX_DEPTH;
 
 /// The longest fragment of a key, in bytes.
 const MAX_FRAGMENT: usize = 127;
-
-/// The deepest nesting of a key; deeper than any JSON that is accepted.
-const MAX_DEPTH: usize = 1024;
 
 /// What a parameter text says.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +80,12 @@ fn fragments(key: &str) -> Result<Vec<&str>, Error> {
         if length == 0 || root_index || (next.is_none() && !after.is_empty()) {
             return Err(Error::generic(format!("Invalid parameter '{key}'")));
         }
-        if length > MAX_FRAGMENT || fragments.len() == MAX_DEPTH {
+        if fragments.len() > MAX_DEPTH {
+            return Err(Error::generic(format!(
+                "Parameter '{key}' is nested too deeply"
+            )));
+        }
+        if length > MAX_FRAGMENT {
             let whole = fragment.len() == key.len();
             let what = if whole {
                 "Parameter"

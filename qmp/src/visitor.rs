@@ -5,6 +5,9 @@
 //! (`driver=raw,file.driver=file`) carries strings only, which scalars then parse. The form also
 //! decides how a list element is named in a message: `children[0].x` or `children.0.x`.
 //!
+//! Types that contain themselves are decoded, opened and dropped by recursion, so their nesting is
+//! limited to [`MAX_DEPTH`], far below what JSON itself may nest.
+//!
 //! `#[derive(Qapi)]` writes the implementations; this module is what its output calls.
 
 use std::fmt;
@@ -13,6 +16,9 @@ pub use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::introspect::{Introspection, ObjectShape};
+
+/// The deepest nesting of a value in typed input; deep enough for any sensible chain of nodes.
+pub const MAX_DEPTH: usize = 128;
 
 /// A type of the schema: it can be decoded strictly, encoded, and described to clients.
 pub trait Qapi: Sized + 'static {
@@ -138,6 +144,7 @@ pub enum Form {
 struct Path<'p> {
     parent: Option<&'p Path<'p>>,
     step: Step<'p>,
+    depth: usize,
     form: Form,
 }
 
@@ -153,6 +160,7 @@ impl<'p> Path<'p> {
         Path {
             parent: Some(self),
             step,
+            depth: self.depth + 1,
             form: self.form,
         }
     }
@@ -188,6 +196,7 @@ impl<'p> Input<'p> {
         let path = Path {
             parent: None,
             step: Step::Root,
+            depth: 0,
             form,
         };
         Input { value, path }
@@ -280,8 +289,14 @@ impl<'p> Input<'p> {
     /// The value's members, to be taken one by one.
     ///
     /// # Errors
-    /// The value is no object.
+    /// The value is no object, or nested too deeply.
     pub fn members(self) -> Result<Members<'p>, Error> {
+        if self.path.depth > MAX_DEPTH {
+            return Err(Error::generic(format!(
+                "Parameter '{}' is nested too deeply",
+                self.path
+            )));
+        }
         match self.value {
             Value::Object(values) => Ok(Members {
                 values,

@@ -1,7 +1,9 @@
 //! Decoding of JSON and keyval text: what is accepted, and the exact words of what is not.
 
+use stord_qmp::json::MAX_NESTING;
 use stord_qmp::schema::block::{BlockdevDriver, BlockdevOptions, BlockdevRef};
 use stord_qmp::schema::export::BlockExportOptions;
+use stord_qmp::visitor::MAX_DEPTH;
 use stord_qmp::{from_keyval, to_json};
 
 fn node_error(text: &str) -> String {
@@ -106,4 +108,33 @@ fn export_takes_one_or_several_iothreads() {
     let text = "fuse,id=e,node-name=n,mountpoint=m,iothread=a";
     let export: BlockExportOptions = from_keyval(text, Some("type")).unwrap();
     assert_eq!(to_json(&export)["iothread"].to_string(), r#""a""#);
+}
+
+/// A chain of `depth` nodes above the lowest one.
+fn chain(depth: usize) -> String {
+    let text = [
+        r#"{"driver":"raw","file":"#.repeat(depth),
+        r#"{"driver":"null-co"}"#.to_owned(),
+        "}".repeat(depth),
+    ];
+    text.concat()
+}
+
+#[test]
+fn deep_chain_decodes_and_encodes() {
+    let text = chain(MAX_DEPTH);
+    let node: BlockdevOptions = from_keyval(&text, None).unwrap();
+    let encoded = stord_qmp::json::to_compact(&to_json(&node));
+    assert_eq!(encoded.replace(' ', ""), text);
+}
+
+#[test]
+fn deeper_chain_is_refused_without_exhausting_the_stack() {
+    for depth in [MAX_DEPTH + 1, MAX_NESTING - 1] {
+        let error = node_error(&chain(depth));
+        assert!(
+            error.ends_with("file.file' is nested too deeply"),
+            "{error}"
+        );
+    }
 }

@@ -1,9 +1,9 @@
 //! The session, byte for byte: what each input is answered with, as the reference answers it.
 
-use std::rc::Rc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use stord_qmp::Event;
+use stord_qmp::json::MAX_NESTING;
 use stord_qmp::schema::control::{VersionInfo, VersionTriple};
 use stord_qmp::schema::export::BlockExportDeleted;
 use stord_qmp::session::{Incoming, Session};
@@ -276,6 +276,21 @@ fn nesting_is_limited_to_1024() {
 }
 
 #[test]
+fn deepest_id_comes_back() {
+    let depth = MAX_NESTING - 1;
+    let id = ["[".repeat(depth), "]".repeat(depth)].concat();
+    let command = format!(r#"{{"execute":"quit","id":{id}}}"#);
+    let answer = talk(&mut ready(), command.as_bytes());
+    assert_eq!(answer, format!("{{\"return\": {{}}, \"id\": {id}}}\r\n"));
+    let mut pretty = Session::new(true);
+    let answer = talk(&mut pretty, command.as_bytes());
+    assert_eq!(
+        answer.lines().filter(|line| line.ends_with('[')).count(),
+        depth
+    );
+}
+
+#[test]
 fn events_are_sent_when_ready() {
     let deleted = BlockExportDeleted { id: "e".to_owned() };
     let event = Event::new(&deleted);
@@ -341,31 +356,4 @@ fn ten_mebibytes_of_brackets_are_survived() {
     // Ready for the next command.
     session.feed(b"\xff");
     assert_eq!(talk(&mut session, br#"{"execute":"quit"}"#), DONE);
-}
-
-/// A reply does not depend on the state, which only commands act on.
-#[test]
-fn unknown_commands_and_oob_are_refused_by_the_registry() {
-    let registry = stord_qmp::command::Registry::<()>::new();
-    let mut session = ready();
-    for (bytes, message) in [
-        (
-            &br#"{"execute":"foo"}"#[..],
-            "The command foo has not been found",
-        ),
-        (
-            br#"{"execute":"query-commands","arguments":{"x":1}}"#,
-            "Parameter 'x' is unexpected",
-        ),
-    ] {
-        let Some(Incoming::Execute(request)) = session.feed(bytes).pop() else {
-            panic!("a command");
-        };
-        let mut execution = registry.execute(Rc::new(()), request);
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        let std::task::Poll::Ready(Err(error)) = execution.as_mut().poll(&mut context) else {
-            panic!("refused at once");
-        };
-        assert_eq!(error.message, message);
-    }
 }
