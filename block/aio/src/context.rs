@@ -360,7 +360,10 @@ fn receive(local: &Local, mailbox: &Mailbox, messages: &mut Vec<Message>) {
     for message in messages.drain(..) {
         match message {
             Message::Wake(task) => local.wake(task),
-            Message::Run(start) => start(),
+            Message::Run(start) => {
+                local.refill_budget();
+                start();
+            }
             Message::Complete { slot, result } => local.complete(slot, result),
             Message::Stop => stop_polls(local),
         }

@@ -124,12 +124,10 @@ impl Local {
         Op::new(self.engine.submit(self, request))
     }
 
-    /// Starts an operation on a blocking thread, after a try at a read that need not wait when
-    /// the page cache may have it.
-    pub(crate) fn submit_blocking(&self, request: Request, is_buffered: bool) -> Op {
+    /// Starts an operation on a blocking thread.
+    pub(crate) fn submit_to_pool(&self, request: Request) -> Op {
         Op::new(match &self.engine {
             Engine::Simulated(simulated) => simulated.submit(self, request),
-            _ if is_buffered => blocking::submit_cached_or_to_pool(self, request),
             _ => blocking::submit_to_pool(self, request),
         })
     }

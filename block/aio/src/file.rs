@@ -5,15 +5,18 @@
 //!   any part of it may have been written.
 //! - A transfer of more than 1024 buffers or 2 GiB goes to the kernel in parts, one after the
 //!   other.
+//! - What needs no waiting for a device is done at once, see `inline`; the rest by the engine.
 //! - "Not supported" is always ENOTSUP, whichever of its names the kernel used.
+
+pub(crate) mod inline;
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::executor;
+use self::inline::OpenFile;
+use crate::executor::{self, GoOn, yield_now};
 use crate::iovec::IoVec;
 use crate::op::{Action, Descriptor, Op, Request};
 use crate::pool;
@@ -30,7 +33,7 @@ pub enum Engine {
     /// The context's ring, or blocking threads where there is none.
     #[default]
     Auto,
-    /// Blocking threads, but for reads that the page cache can serve.
+    /// Blocking threads, but for what needs no waiting.
     Threads,
     /// The context's ring.
     Uring,
@@ -73,20 +76,16 @@ impl Fallocate {
 /// A file read and written at offsets; clones share the descriptor.
 #[derive(Clone, Debug)]
 pub struct File {
-    fd: Arc<OwnedFd>,
+    file: Arc<OpenFile>,
     engine: Engine,
-    is_buffered: bool,
 }
 
 impl File {
     /// Takes over a descriptor.
     pub fn new(fd: OwnedFd, engine: Engine) -> File {
-        let flags = fcntl(&fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
-        let is_buffered = flags.is_ok_and(|flags| !flags.contains(OFlag::O_DIRECT));
         File {
-            fd: Arc::new(fd),
+            file: Arc::new(OpenFile::new(fd)),
             engine,
-            is_buffered,
         }
     }
 
@@ -104,11 +103,11 @@ impl File {
             let action = Action::Read {
                 offset: offset + done,
             };
-            let (count, rest) = self.transfer(action, part).await?;
-            if count == 0 {
-                break;
+            let (result, rest) = self.transfer(action, part).await;
+            match result? {
+                0 => break,
+                count => done += count,
             }
-            done += count;
             give_back(rest, &mut dst);
         }
         Ok(done)
@@ -130,20 +129,14 @@ impl File {
                 offset: offset + done,
                 durable: durable && !flush,
             };
-            let again = part.clone();
-            let (count, rest) = match self.transfer(action, part).await {
+            let (result, rest) = self.transfer(action, part).await;
+            match result {
+                Ok(0) => return Err(Errno::ENOSPC),
+                Ok(count) => done += count,
                 // The file system knows no durable write.
-                Err(Errno::EOPNOTSUPP) if durable && !flush => {
-                    flush = true;
-                    give_back(again, &mut src);
-                    continue;
-                }
-                result => result?,
-            };
-            if count == 0 {
-                return Err(Errno::ENOSPC);
+                Err(Errno::EOPNOTSUPP) if durable && !flush => flush = true,
+                Err(errno) => return Err(errno),
             }
-            done += count;
             give_back(rest, &mut src);
         }
         if flush {
@@ -185,14 +178,16 @@ impl File {
     pub async fn copy_range(&self, from: u64, to: &File, at: u64, len: u64) -> Result<u64, Errno> {
         check(from, len)?;
         check(at, len)?;
-        let (source, target) = (Arc::clone(&self.fd), Arc::clone(&to.fd));
-        pool::run(move || syscall::copy_range(source.as_fd(), from, target.as_fd(), at, len))
-            .await
-            .map_err(|errno| match errno {
-                // Other file systems, or the same file with overlapping ranges.
-                Errno::EXDEV | Errno::EINVAL => Errno::ENOTSUP,
-                errno => unify_unsupported(errno),
-            })
+        let (source, target) = (Arc::clone(&self.file), Arc::clone(&to.file));
+        pool::run(move || {
+            syscall::copy_range(source.fd().as_fd(), from, target.fd().as_fd(), at, len)
+        })
+        .await
+        .map_err(|errno| match errno {
+            // Other file systems, or the same file with overlapping ranges.
+            Errno::EXDEV | Errno::EINVAL => Errno::ENOTSUP,
+            errno => unify_unsupported(errno),
+        })
     }
 
     /// Reads what can be had without waiting for a device, on any thread. `None` when that is
@@ -201,7 +196,12 @@ impl File {
         if let Err(errno) = check(offset, dst.len()) {
             return Some(Err(errno));
         }
-        let result = syscall::try_read(self.fd.as_raw_fd(), offset, dst);
+        let action = Action::Read { offset };
+        let result = if self.file.never_waits() {
+            syscall::attempt(self.file.as_raw_fd(), action, dst)
+        } else {
+            syscall::attempt_nowait(self.file.as_raw_fd(), action, dst)
+        };
         match count(result) {
             Err(Errno::EAGAIN | Errno::EOPNOTSUPP | Errno::EINTR) => None,
             result => Some(result),
@@ -210,61 +210,82 @@ impl File {
 
     /// The descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.file.fd().as_fd()
     }
 
-    /// One successful attempt at a read or write: how much was moved, and the buffers that are
-    /// left.
-    async fn transfer(&self, action: Action, mut part: IoVec) -> Result<(u64, IoVec), Errno> {
-        let mut blocking = self.engine == Engine::Threads;
-        loop {
-            let done = self.submit(action, part, blocking).await;
-            part = done.buffers;
-            match count(done.result) {
-                Ok(count) => {
-                    let whole = part.len();
-                    let rest = if count >= whole {
-                        IoVec::new()
-                    } else {
-                        part.slice(count..whole)
-                    };
-                    return Ok((count, rest));
-                }
-                Err(Errno::EINTR) => {}
-                // A descriptor opened with O_NONBLOCK; a blocking thread waits for it all the
-                // same.
-                Err(Errno::EAGAIN) if !blocking => blocking = true,
-                Err(errno) => return Err(errno),
-            }
-        }
+    /// One attempt at a read or write that the kernel accepted or refused for good: how much was
+    /// moved, and the buffers that are left.
+    async fn transfer(&self, action: Action, mut part: IoVec) -> (Result<u64, Errno>, IoVec) {
+        let result = self.attempt(action, &mut part).await;
+        let rest = match result {
+            Ok(count) if count >= part.len() => IoVec::new(),
+            Ok(count) => part.slice(count..part.len()),
+            Err(_) => part,
+        };
+        (result, rest)
     }
 
     /// An operation without data.
     async fn simple(&self, action: Action) -> Result<(), Errno> {
-        let blocking = self.engine == Engine::Threads;
+        self.attempt(action, &mut IoVec::new()).await.map(drop)
+    }
+
+    /// Starts the operation until it is neither interrupted nor put off.
+    async fn attempt(&self, action: Action, buffers: &mut IoVec) -> Result<u64, Errno> {
+        let mut by_thread = self.engine == Engine::Threads;
+        let is_promising = self.file.is_promising(action);
+        let at_once = is_promising && go_on(buffers.len()).await;
         loop {
-            let done = self.submit(action, IoVec::new(), blocking).await;
-            match count(done.result) {
-                Ok(_) => return Ok(()),
+            let inline = if at_once {
+                self.file.attempt(action, buffers)
+            } else {
+                None
+            };
+            let result = match inline {
+                Some(result) => result,
+                None => {
+                    let done = self
+                        .submit(action, std::mem::take(buffers), by_thread)
+                        .await;
+                    *buffers = done.buffers;
+                    done.result
+                }
+            };
+            match count(result) {
                 Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno),
+                // A descriptor opened with O_NONBLOCK; a blocking thread waits for it all the
+                // same.
+                Err(Errno::EAGAIN) if !by_thread => by_thread = true,
+                result => return result,
             }
         }
     }
 
-    fn submit(&self, action: Action, buffers: IoVec, blocking: bool) -> Op {
+    fn submit(&self, action: Action, buffers: IoVec, by_thread: bool) -> Op {
         let request = Request {
-            descriptor: Descriptor::Shared(Arc::clone(&self.fd)),
+            descriptor: Descriptor::Shared(Arc::clone(&self.file)),
             action,
             buffers,
         };
         executor::with(|local| {
-            if blocking {
-                local.submit_blocking(request, self.is_buffered)
+            if by_thread {
+                local.submit_to_pool(request)
             } else {
                 local.submit(request)
             }
         })
+    }
+}
+
+/// Waits until the task may transfer so many bytes at once; false when it may not at all.
+async fn go_on(bytes: u64) -> bool {
+    match executor::with(|local| local.may_go_on(bytes)) {
+        GoOn::Now => true,
+        GoOn::AfterOthers => {
+            yield_now().await;
+            true
+        }
+        GoOn::ByEngine => false,
     }
 }
 

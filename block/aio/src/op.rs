@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use crate::executor::{self, Local};
+use crate::file::inline::OpenFile;
 use crate::iovec::IoVec;
 
 /// The position of descriptors that have none: the operation reads or writes a stream.
@@ -53,7 +54,7 @@ pub(crate) enum Action {
 #[derive(Clone, Debug)]
 pub(crate) enum Descriptor {
     /// Shared between threads.
-    Shared(Arc<OwnedFd>),
+    Shared(Arc<OpenFile>),
     /// Belongs to this context.
     Local(Rc<OwnedFd>),
     /// A mailbox's eventfd, which is never closed.

@@ -50,36 +50,10 @@ pub(crate) fn submit_to_pool(local: &Local, request: Request) -> u32 {
     slot
 }
 
-/// The same, but a read that the page cache can serve is done at once.
-pub(crate) fn submit_cached_or_to_pool(local: &Local, request: Request) -> u32 {
-    if matches!(request.action, Action::Read { .. })
-        && let Some(result) = try_inline(&request)
-    {
-        return completed(local, request, result);
-    }
-    submit_to_pool(local, request)
-}
-
 /// Carries an operation out before this returns.
 pub(crate) fn submit_inline(local: &Local, request: Request) -> u32 {
-    let segments = syscall::segments(&request.buffers);
     let fd = request.descriptor.as_raw_fd();
-    // SAFETY: `request` owns the buffers across the call.
-    let result = unsafe { syscall::perform(fd, request.action, &segments) };
-    completed(local, request, result)
-}
-
-/// Tries a read or write that need not wait for a device.
-fn try_inline(request: &Request) -> Option<i32> {
-    let segments = syscall::segments(&request.buffers);
-    let fd = request.descriptor.as_raw_fd();
-    // SAFETY: `request` owns the buffers across the call.
-    let result = unsafe { syscall::perform_nowait(fd, request.action, &segments) };
-    (result >= 0).then_some(result)
-}
-
-/// Makes a slot for an operation that has been carried out.
-fn completed(local: &Local, request: Request, result: i32) -> u32 {
+    let result = syscall::attempt(fd, request.action, &request.buffers);
     let slot = local.slots.borrow_mut().insert(Resources::of(request)).0;
     local.complete(slot, result);
     slot
@@ -87,20 +61,14 @@ fn completed(local: &Local, request: Request, result: i32) -> u32 {
 
 /// Carries out the operation that a slot holds the buffers of, before this returns.
 pub(crate) fn perform_in_slot(local: &Local, slot: u32, action: Action) -> i32 {
-    let (fd, segments, _keep) = {
-        let mut slots = local.slots.borrow_mut();
-        let Some(resources) = &slots.at(slot).resources else {
-            return 0;
-        };
-        let buffers = resources.buffers.clone();
-        (
-            resources.descriptor.as_raw_fd(),
-            syscall::segments(&buffers),
-            buffers,
-        )
-    };
-    // SAFETY: `_keep` owns the buffers across the call.
-    unsafe { syscall::perform(fd, action, &segments) }
+    let mut slots = local.slots.borrow_mut();
+    match &slots.at(slot).resources {
+        Some(resources) => {
+            let fd = resources.descriptor.as_raw_fd();
+            syscall::attempt(fd, action, &resources.buffers)
+        }
+        None => 0,
+    }
 }
 
 /// Whether an operation would be carried out without waiting for another process.

@@ -1,8 +1,7 @@
 //! The engine for kernels and sandboxes without io_uring: the loop sleeps in epoll, and what may
 //! block runs on the pool of blocking threads.
 //!
-//! Reads and writes that the kernel can serve without waiting, and every transfer of a stream,
-//! are done at once. A descriptor is registered with epoll while somebody waits for it, for the
+//! Transfers of streams are done at once. A descriptor is registered with epoll while somebody waits for it, for the
 //! events of all who wait, one shot at a time; whoever is left over is registered again.
 
 // UNSAFETY: borrows descriptors by number.
@@ -61,10 +60,10 @@ impl Fallback {
             Action::Read { offset: STREAM } | Action::Write { offset: STREAM, .. } => {
                 blocking::submit_inline(local, request)
             }
-            Action::Read { .. } => blocking::submit_cached_or_to_pool(local, request),
-            Action::Write { .. } | Action::Fsync { .. } | Action::Fallocate { .. } => {
-                blocking::submit_to_pool(local, request)
-            }
+            Action::Read { .. }
+            | Action::Write { .. }
+            | Action::Fsync { .. }
+            | Action::Fallocate { .. } => blocking::submit_to_pool(local, request),
             Action::Poll { events } => self.wait_for(local, request, events),
         }
     }
