@@ -13,6 +13,7 @@ pub mod driver;
 pub mod drivers;
 pub mod graph;
 mod io;
+pub mod job;
 
 pub use backend::{Backend, BackendListener};
 pub use contexts::Contexts;

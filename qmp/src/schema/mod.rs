@@ -8,6 +8,7 @@ pub mod chardev;
 pub mod control;
 pub mod export;
 pub mod introspect;
+pub mod job;
 pub mod monitor;
 pub mod node_info;
 pub mod object;
