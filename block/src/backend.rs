@@ -177,7 +177,7 @@ impl Backend {
         io::write(&node, offset, src, durable).await
     }
 
-    /// Writes at once if no waiting is needed; `None` where it is, and then nothing has been written.
+    /// Writes at once if no waiting is needed; `None` where it is: then the whole has to be written again.
     pub fn try_write(&self, offset: u64, src: &IoVec) -> Option<Result<(), Errno>> {
         self.check_writable().ok()?;
         let _ticket = self.0.gate.try_enter()?;

@@ -107,7 +107,7 @@ pub trait Protocol: Send + Sync {
     /// Writes all of `src`, extending the file where it ends earlier.
     fn write<'a>(&'a self, offset: u64, src: IoVec, durable: bool) -> IoFuture<'a>;
 
-    /// Writes at once if that needs no waiting; `None` where it would, and then nothing has been written.
+    /// Writes at once if that needs no waiting; `None` where it would: then the whole has to be written again.
     fn try_write(&self, offset: u64, src: &IoVec) -> Option<Result<(), Errno>> {
         let _ = (offset, src);
         None

@@ -193,16 +193,35 @@ impl File {
     /// Reads what can be had without waiting for a device, on any thread. `None` when that is
     /// nothing; else as [`read`](Self::read), but a short read need not be the end of the file.
     pub fn try_read(&self, offset: u64, dst: &IoVec) -> Option<Result<u64, Errno>> {
-        if let Err(errno) = check(offset, dst.len()) {
+        self.try_transfer(offset, Action::Read { offset }, dst)
+    }
+
+    /// Writes all of `src` if that needs no waiting for a device, on any thread. `None` when it
+    /// does; part of it may have been written then, so the whole has to be written again.
+    pub fn try_write(&self, offset: u64, src: &IoVec) -> Option<Result<(), Errno>> {
+        let action = Action::Write {
+            offset,
+            durable: false,
+        };
+        match self.try_transfer(offset, action, src)? {
+            Ok(count) if count < src.len() => None,
+            result => Some(result.map(drop)),
+        }
+    }
+
+    fn try_transfer(
+        &self,
+        offset: u64,
+        action: Action,
+        buffers: &IoVec,
+    ) -> Option<Result<u64, Errno>> {
+        if let Err(errno) = check(offset, buffers.len()) {
             return Some(Err(errno));
         }
-        let action = Action::Read { offset };
-        let result = if self.file.never_waits() {
-            syscall::attempt(self.file.as_raw_fd(), action, dst)
-        } else {
-            syscall::attempt_nowait(self.file.as_raw_fd(), action, dst)
-        };
-        match count(result) {
+        if !self.file.is_promising(action) || buffers.buffers().len() > MAX_BUFFERS {
+            return None;
+        }
+        match count(self.file.attempt(action, buffers)?) {
             Err(Errno::EAGAIN | Errno::EOPNOTSUPP | Errno::EINTR) => None,
             result => Some(result),
         }

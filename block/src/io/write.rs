@@ -63,8 +63,8 @@ pub(super) async fn write_as_is(
     }
 }
 
-/// Writes at once if the bytes are overwritten in place and the leaf can take them without waiting; `None` where it would wait, and
-/// then nothing has been written.
+/// Writes at once if the bytes are overwritten in place and the leaf can take them without waiting; `None` where it would wait: then
+/// the whole has to be written again.
 pub(crate) fn try_write(node: &Arc<Node>, offset: u64, src: &IoVec) -> Option<Result<(), Errno>> {
     if node.is_read_only() {
         return Some(Err(Errno::EPERM));

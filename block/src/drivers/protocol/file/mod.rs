@@ -202,6 +202,15 @@ impl Protocol for FileDriver {
         })
     }
 
+    fn try_write(&self, offset: u64, src: &IoVec) -> Option<Result<(), Errno>> {
+        let end = offset.checked_add(src.len())?;
+        let result = self.file.load().try_write(offset, src)?;
+        if result.is_ok() {
+            self.grow_to(end);
+        }
+        Some(result)
+    }
+
     fn write_zeroes<'a>(&'a self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'a> {
         Box::pin(self.zero(offset, len, flags))
     }
