@@ -209,7 +209,7 @@ fn commands_have_the_reference_s_arguments_and_results() {
     let schema = Schema::of(&registry());
     let on_off = "enum(off|on|unmap)";
     let common = format!(
-        "driver:enum(file|host_device|null-co|null-aio|qcow2|raw) node-name?:str \
+        "driver:enum(file|host_device|null-aio|null-co|qcow2|raw) node-name?:str \
          discard?:enum(ignore|unmap) cache?:object read-only?:bool auto-read-only?:bool \
          force-share?:bool detect-zeroes?:{on_off}"
     );

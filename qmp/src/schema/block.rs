@@ -49,10 +49,10 @@ pub enum BlockdevDriver {
     /// A block device of the host.
     #[qapi(rename = "host_device")]
     HostDevice(BlockdevOptionsFile),
-    /// Discards what is written, in the context of the request.
-    NullCo(BlockdevOptionsNull),
     /// Discards what is written, completing later.
     NullAio(BlockdevOptionsNull),
+    /// Discards what is written, in the context of the request.
+    NullCo(BlockdevOptionsNull),
     /// A qcow2 image.
     Qcow2(BlockdevOptionsQcow2),
     /// The bytes of another node, or a part of them.
