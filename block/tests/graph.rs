@@ -533,3 +533,48 @@ async fn images_on_our_own_mounts_are_refused() {
         .await
         .unwrap();
 }
+
+#[tokio::test(flavor = "current_thread")]
+async fn created_files_have_the_size_and_space_asked_for() {
+    use std::os::unix::fs::MetadataExt;
+    use stord_block::job::{JobControl, create};
+
+    let world = World::new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("new");
+    let make = async |extra: (&str, Value)| {
+        let mut options = json!({"driver": "file", "filename": path, "size": MIB});
+        options[extra.0] = extra.1;
+        create::make(&world.graph, from_json(options)?, &JobControl::default()).await
+    };
+    for (mode, allocated) in [("off", false), ("falloc", true), ("full", true)] {
+        make(("preallocation", json!(mode))).await.unwrap();
+        let made = std::fs::metadata(&path).unwrap();
+        assert_eq!(made.len(), MIB);
+        assert_eq!(made.blocks() * 512 >= MIB, allocated, "{mode}");
+    }
+    assert_eq!(
+        message(make(("preallocation", json!("metadata"))).await),
+        "Unsupported preallocation mode: metadata"
+    );
+    assert_eq!(
+        message(make(("size", json!(-5))).await),
+        "Could not resize file: Invalid argument"
+    );
+    make(("nocow", json!(true))).await.unwrap();
+    // A file that somebody writes is left alone.
+    world
+        .add(json!({"driver": "file", "node-name": "f", "filename": path}))
+        .await
+        .unwrap();
+    let claim = Claim {
+        shared: Permissions::all() - Permissions::RESIZE,
+        ..WRITER
+    };
+    let writer = world.graph.attach("f", "test", claim).await.unwrap();
+    assert_eq!(
+        message(make(("size", json!(0))).await),
+        "Failed to get \"resize\" lock"
+    );
+    assert_eq!(writer.size(), MIB);
+}

@@ -8,6 +8,7 @@
 //! - What needs no waiting for a device is done at once, see `inline`; the rest by the engine.
 //! - "Not supported" is always ENOTSUP, whichever of its names the kernel used.
 
+pub mod attributes;
 pub(crate) mod inline;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -15,7 +15,7 @@ mod buffer;
 mod context;
 mod engine;
 mod executor;
-mod file;
+pub mod file;
 mod iovec;
 mod join;
 mod op;

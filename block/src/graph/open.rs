@@ -488,7 +488,8 @@ impl Graph {
         }
     }
 
-    async fn on_main<F, Fut, T>(&self, f: F) -> Result<T, Error>
+    /// Runs something on the main I/O context.
+    pub(crate) async fn on_main<F, Fut, T>(&self, f: F) -> Result<T, Error>
     where
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = T> + 'static,

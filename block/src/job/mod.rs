@@ -4,6 +4,7 @@
 //! [`JobControl`], between steps: a job is never stopped in the middle of one. Every change of status is reported, and none that the
 //! table of transitions does not have can happen.
 
+pub mod create;
 mod status;
 
 use std::cell::{Cell, RefCell};
@@ -185,7 +186,7 @@ impl Jobs {
         self.jobs.borrow_mut().retain(|held| !Rc::ptr_eq(held, job));
     }
 
-    /// All jobs, oldest first.
+    /// All jobs, newest first.
     pub fn query(&self) -> Vec<JobInfo> {
         let info = |job: &Rc<Job>| JobInfo {
             id: job.id.clone(),
@@ -195,7 +196,7 @@ impl Jobs {
             total_progress: job.control.0.total.load(Ordering::Relaxed),
             error: job.error.borrow().clone(),
         };
-        self.jobs.borrow().iter().map(info).collect()
+        self.jobs.borrow().iter().rev().map(info).collect()
     }
 
     fn asked(&self, id: &str, verb: Verb) -> Result<Rc<Job>, Error> {
@@ -283,22 +284,22 @@ impl Jobs {
         Ok(())
     }
 
-    /// Cancels every job and waits until none is at work; for the end of the process.
-    pub async fn cancel_all(&self) {
+    /// Cancels every job, waits until none is at work, and forgets them all; for the end of the process.
+    pub async fn end(&self) {
         loop {
             let ended = self.ended.notified();
-            let mut busy = false;
-            for job in self
-                .jobs
-                .borrow()
+            let jobs: Vec<Rc<Job>> = self.jobs.borrow().clone();
+            let busy = jobs
                 .iter()
-                .filter(|job| job.status.get() != JobStatus::Concluded)
-            {
-                busy = true;
+                .filter(|job| job.status.get() != JobStatus::Concluded);
+            let mut count = 0;
+            for job in busy {
+                count += 1;
                 job.control.cancel();
                 job.finalized.notify_waiters();
             }
-            if !busy {
+            if count == 0 {
+                jobs.iter().rev().for_each(|job| self.remove(job));
                 return;
             }
             ended.await;

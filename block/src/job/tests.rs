@@ -149,12 +149,29 @@ async fn a_paused_job_rests_until_resumed_or_cancelled() {
         jobs.resume("j").unwrap();
         assert_eq!(message(jobs.resume("j")), "Job is not paused");
         jobs.pause("j").unwrap();
-        jobs.cancel_all().await;
+        jobs.cancel("j").unwrap();
+        until(&jobs, JobStatus::Concluded).await;
         assert_eq!(jobs.query()[0].error.as_deref(), Some("Operation canceled"));
-        assert_eq!(
-            seen.borrow().last().map(String::as_str),
-            Some("j concluded")
-        );
+        jobs.end().await;
+        assert_eq!(seen.borrow().last().map(String::as_str), Some("j null"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn the_end_cancels_what_is_at_work_and_forgets_all() {
+    local(async {
+        let (jobs, seen) = jobs();
+        jobs.start("j", JobType::Create, MANUAL, |control| async move {
+            while !control.is_cancelled() {
+                tokio::task::yield_now().await;
+            }
+            Ok(())
+        })
+        .unwrap();
+        jobs.end().await;
+        assert!(jobs.query().is_empty());
+        assert_eq!(seen.borrow().last().map(String::as_str), Some("j null"));
     })
     .await;
 }

@@ -6,6 +6,7 @@
 pub mod block;
 pub mod chardev;
 pub mod control;
+pub mod create;
 pub mod export;
 pub mod introspect;
 pub mod job;

@@ -8,6 +8,7 @@
 //!   success would mean that the data is safe.
 
 mod alignment;
+pub(crate) mod create;
 mod lock;
 mod open;
 pub mod own_mounts;
