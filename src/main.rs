@@ -1,3 +1,57 @@
-//! The stord daemon.
+//! stord: serves disk images to the host as files and block devices, under QMP control.
+//!
+//! Started with options, or under the name `qemu-storage-daemon`, it is that daemon; started with
+//! a word, it does what the word says (`stord mount`).
 
-fn main() {}
+mod chardev;
+mod cmdline;
+mod daemon;
+mod daemonize;
+mod lifecycle;
+mod monitor;
+mod notify;
+mod objects;
+mod pidfile;
+mod report;
+mod trace;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use cmdline::Outcome;
+use daemonize::Half;
+use report::Origin;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let argv0 = args.next().unwrap_or_else(|| OsString::from("stord"));
+    let args: Vec<OsString> = args.collect();
+    report::set_program(&argv0.to_string_lossy());
+    trace::install();
+    let command_line = match cmdline::read(args.clone()) {
+        Outcome::Run(command_line) => command_line,
+        Outcome::Print(text) => {
+            // Nobody can be told that standard output is closed.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            return ExitCode::SUCCESS;
+        }
+        Outcome::Usage(message) => {
+            eprintln!("{}: {message}", argv0.to_string_lossy());
+            return ExitCode::FAILURE;
+        }
+    };
+    let background = if command_line.daemonize {
+        match daemonize::detach(&argv0, &args) {
+            Ok(Half::Starter(status)) => return status,
+            Ok(Half::Daemon(background)) => Some(background),
+            Err(error) => {
+                Origin::none().error(&error);
+                return ExitCode::FAILURE;
+            }
+        }
+    } else {
+        None
+    };
+    daemon::run(command_line, background)
+}

@@ -1,0 +1,288 @@
+//! The daemon as a whole: what it consists of, how it starts and how it ends.
+//!
+//! Everything here happens on the control thread. Start-up does the steps of the command line in
+//! order; when one fails, what the steps before it made is taken down as in a regular shutdown, so
+//! that nothing is left behind.
+
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use stord_block::{Contexts, Graph};
+use stord_qmp::chardev_opts;
+use stord_qmp::opts::Opts;
+use stord_qmp::{Error, from_keyval};
+
+use crate::chardev::{Chardevs, Setting};
+use crate::cmdline::{Action, CommandLine, Step};
+use crate::daemonize::Background;
+use crate::lifecycle::{SHUTDOWN_LIMIT, Shutdown};
+use crate::monitor::events::Broadcast;
+use crate::monitor::{Monitors, Service, commands};
+use crate::pidfile::PidFile;
+use crate::report::{Origin, reason};
+use crate::{notify, objects, trace};
+
+/// What commands act on.
+pub struct Daemon {
+    /// The block nodes.
+    pub graph: Rc<Graph>,
+    /// The objects.
+    pub objects: objects::Objects,
+    /// The wish to end.
+    pub shutdown: Shutdown,
+    /// The events for the monitors.
+    pub events: Broadcast,
+}
+
+impl Daemon {
+    /// A daemon without nodes and exports. Needs a tokio runtime and a `LocalSet`.
+    ///
+    /// # Errors
+    /// No thread or no signal handler is to be had.
+    pub fn start() -> Result<Rc<Self>, Error> {
+        let failed = |error: std::io::Error| {
+            let reason = reason(&error);
+            Error::generic(format!("cannot start: {reason}")).with_source(error)
+        };
+        let shutdown = Shutdown::default();
+        shutdown.obey_signals().map_err(failed)?;
+        let contexts = Rc::new(Contexts::start().map_err(failed)?);
+        let graph = Rc::new(Graph::new(Rc::clone(&contexts)));
+        let events = Broadcast::default();
+        Ok(Rc::new(Self {
+            graph,
+            objects: objects::Objects::new(contexts),
+            shutdown,
+            events,
+        }))
+    }
+
+    /// Removes every export and closes every node, each flushed first.
+    ///
+    /// # Errors
+    /// They did not all go within [`SHUTDOWN_LIMIT`].
+    pub async fn close(&self) -> Result<(), Error> {
+        let close = async {
+            self.graph.close_all().await;
+        };
+        tokio::time::timeout(SHUTDOWN_LIMIT, close)
+            .await
+            .map_err(|_| {
+                Error::generic(format!(
+                    "shutdown took longer than {} s: an export or its storage does not respond",
+                    SHUTDOWN_LIMIT.as_secs()
+                ))
+                .with_hint("Data that was not flushed may be lost.")
+            })
+    }
+}
+
+/// Why start-up ended early.
+enum Stop {
+    /// The step did all that was asked for.
+    Done,
+    Failed(Origin, Error),
+}
+
+/// Runs the daemon from start-up to shutdown, and returns its exit status.
+pub fn run(command_line: CommandLine, background: Option<Background>) -> ExitCode {
+    run_local(async move {
+        let daemon = match Daemon::start() {
+            Ok(daemon) => daemon,
+            Err(error) => {
+                Origin::none().error(&error);
+                return ExitCode::FAILURE;
+            }
+        };
+        let mut server = Server::new(&daemon);
+        let status = match server.start(command_line, background).await {
+            Ok(()) => {
+                daemon.shutdown.requested().await;
+                ExitCode::SUCCESS
+            }
+            Err(Stop::Done) => ExitCode::SUCCESS,
+            Err(Stop::Failed(origin, error)) => {
+                origin.error(&error);
+                ExitCode::FAILURE
+            }
+        };
+        server.stop(status).await
+    })
+}
+
+/// Runs a future to its end on this thread, together with the local tasks it starts.
+pub fn run_local(future: impl Future<Output = ExitCode>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let reason = reason(&error);
+            Origin::none().error(&Error::generic(format!("cannot start: {reason}")));
+            return ExitCode::FAILURE;
+        }
+    };
+    let status = tokio::task::LocalSet::new().block_on(&runtime, future);
+    // A thread of the runtime may be stuck in a name lookup.
+    runtime.shutdown_background();
+    status
+}
+
+/// The daemon with its monitors.
+struct Server {
+    daemon: Rc<Daemon>,
+    chardevs: Chardevs,
+    monitors: Monitors,
+    service: Rc<Service<Daemon>>,
+    pidfile: Option<PidFile>,
+}
+
+impl Server {
+    fn new(daemon: &Rc<Daemon>) -> Self {
+        Self {
+            daemon: Rc::clone(daemon),
+            chardevs: Chardevs::default(),
+            monitors: Monitors::default(),
+            service: Rc::new(Service {
+                registry: commands::registry(),
+                state: Rc::clone(daemon),
+                version: commands::version(),
+                events: daemon.events.clone(),
+                shutdown: daemon.shutdown.clone(),
+            }),
+            pidfile: None,
+        }
+    }
+
+    async fn start(
+        &mut self,
+        command_line: CommandLine,
+        background: Option<Background>,
+    ) -> Result<(), Stop> {
+        for step in command_line.steps {
+            if self.daemon.shutdown.is_requested() {
+                return Err(Stop::Done);
+            }
+            let origin = step.origin.clone();
+            match self.step(step, command_line.daemonize).await {
+                Ok(Progress::Next) => {}
+                Ok(Progress::Print(text)) => {
+                    print!("{text}");
+                    return Err(Stop::Done);
+                }
+                Err(error) => return Err(Stop::Failed(origin, error)),
+            }
+        }
+        let failed = |error| Stop::Failed(Origin::none(), error);
+        if let Some(path) = &command_line.pidfile {
+            self.pidfile = Some(PidFile::create(path).map_err(failed)?);
+        }
+        if let Some(background) = background {
+            background.complete().map_err(failed)?;
+        }
+        notify::ready();
+        Ok(())
+    }
+
+    async fn step(&mut self, step: Step, daemonize: bool) -> Result<Progress, Error> {
+        let Step {
+            action,
+            value,
+            origin,
+        } = step;
+        match action {
+            Action::Blockdev => {
+                let options = from_keyval(&value, Some("driver"))?;
+                self.daemon.graph.blockdev_add(options).await?;
+            }
+            Action::Export => {
+                return Err(Error::generic("exports are not supported by stord yet"));
+            }
+            Action::Object => match objects::help(&value) {
+                Some(text) => return Ok(Progress::Print(text)),
+                None => {
+                    let options = from_keyval(&value, Some("qom-type"))?;
+                    self.daemon.objects.add(options)?;
+                }
+            },
+            Action::Monitor => {
+                let options = from_keyval(&value, Some("chardev"))?;
+                self.monitors.add(options, &self.chardevs, &self.service)?;
+            }
+            Action::Chardev => return self.add_chardev(&value, &origin, daemonize).await,
+            Action::Trace => {
+                if trace::enable(&value, &origin)? == trace::Outcome::Help {
+                    return Ok(Progress::Print(trace::HELP.to_owned()));
+                }
+            }
+            Action::NbdServer => {
+                return Err(Error::generic(
+                    "the NBD server is not supported by stord yet",
+                ));
+            }
+            Action::Operand => return Err(Error::generic("Unexpected argument")),
+        }
+        Ok(Progress::Next)
+    }
+
+    async fn add_chardev(
+        &mut self,
+        value: &str,
+        origin: &Origin,
+        daemonize: bool,
+    ) -> Result<Progress, Error> {
+        let opts = Opts::parse(value, "backend")?;
+        if opts.help {
+            let mut text = "Available chardev backend types:\n".to_owned();
+            for backend in chardev_opts::BACKENDS {
+                text.push_str(&format!("  {backend}\n"));
+            }
+            return Ok(Progress::Print(text));
+        }
+        for warning in &opts.warnings {
+            origin.warning(warning, None);
+        }
+        let options = chardev_opts::translate(opts)?;
+        let setting = Setting {
+            origin,
+            daemonize,
+            shutdown: &self.daemon.shutdown,
+        };
+        self.chardevs.add(options, setting).await?;
+        Ok(Progress::Next)
+    }
+
+    /// Takes everything down: first what clients use, then what is below it, then the monitors,
+    /// whose clients so hear of it.
+    async fn stop(self, status: ExitCode) -> ExitCode {
+        let Self {
+            daemon,
+            chardevs,
+            monitors,
+            service: _,
+            pidfile,
+        } = self;
+        daemon.shutdown.request();
+        notify::stopping();
+        let closed = daemon.close().await;
+        daemon.events.close();
+        monitors.finish().await;
+        drop(chardevs);
+        drop(pidfile);
+        match closed {
+            Ok(()) => status,
+            Err(error) => {
+                Origin::none().error(&error);
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+/// What comes after a step.
+enum Progress {
+    Next,
+    /// This text, and then the end.
+    Print(String),
+}

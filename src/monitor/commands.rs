@@ -1,0 +1,112 @@
+//! The commands that this daemon executes: each one a line of wiring to the library that does it.
+
+use std::rc::Rc;
+
+use stord_qmp::Error;
+use stord_qmp::command::Registry;
+use stord_qmp::schema::block::{BlockResize, BlockdevDel, BlockdevOptions, QueryNamedBlockNodes};
+use stord_qmp::schema::control::{VersionInfo, VersionTriple};
+use stord_qmp::schema::object::{ObjectDel, ObjectOptions};
+
+use crate::daemon::Daemon;
+
+/// What the greeting and `query-version` report: the version of the interface, not ours, since
+/// clients decide by it what they may ask for.
+pub fn version() -> VersionInfo {
+    VersionInfo {
+        qemu: VersionTriple {
+            major: 10,
+            minor: 0,
+            micro: 2,
+        },
+        package: format!("stord {}", env!("CARGO_PKG_VERSION")),
+    }
+}
+
+/// The table of commands and events.
+pub fn registry() -> Registry<Daemon> {
+    let mut registry = Registry::new();
+    add_control(&mut registry);
+    add_nodes(&mut registry);
+    add_objects(&mut registry);
+    registry
+}
+
+fn add_control(registry: &mut Registry<Daemon>) {
+    registry.add("query-version", |_: Rc<Daemon>, (): ()| async {
+        Ok(version())
+    });
+    registry.add("quit", |daemon: Rc<Daemon>, (): ()| async move {
+        daemon.shutdown.request();
+        Ok(())
+    });
+}
+
+fn add_nodes(registry: &mut Registry<Daemon>) {
+    registry.add(
+        "blockdev-add",
+        |daemon: Rc<Daemon>, options: BlockdevOptions| async move {
+            daemon.graph.blockdev_add(options).await
+        },
+    );
+    registry.add(
+        "blockdev-del",
+        |daemon: Rc<Daemon>, BlockdevDel { node_name }| async move {
+            daemon.graph.blockdev_del(&node_name).await
+        },
+    );
+    registry.add(
+        "query-named-block-nodes",
+        |daemon: Rc<Daemon>, QueryNamedBlockNodes { flat }| async move {
+            daemon
+                .graph
+                .query_named_block_nodes(flat.unwrap_or(false))
+                .await
+        },
+    );
+    registry.add(
+        "block_resize",
+        |daemon: Rc<Daemon>, arguments: BlockResize| async move {
+            resize(&daemon, arguments).await
+        },
+    );
+}
+
+async fn resize(daemon: &Daemon, arguments: BlockResize) -> Result<(), Error> {
+    let BlockResize {
+        device,
+        node_name,
+        size,
+    } = arguments;
+    let node = match (device, node_name) {
+        (None, Some(node)) => node,
+        // Devices are what QEMU's guests have; only their nodes exist here, under another name.
+        (Some(device), None) => {
+            return Err(Error::generic(format!(
+                "Cannot find device='{device}' nor node-name=''"
+            )));
+        }
+        (Some(device), Some(node)) => {
+            return Err(Error::generic(format!(
+                "Cannot find device='{device}' nor node-name='{node}'"
+            )));
+        }
+        (None, None) => {
+            return Err(Error::generic("Cannot find device='' nor node-name=''"));
+        }
+    };
+    let size =
+        u64::try_from(size).map_err(|_| Error::generic("Parameter 'size' expects a >0 size"))?;
+    daemon.graph.resize(&node, size).await
+}
+
+fn add_objects(registry: &mut Registry<Daemon>) {
+    registry.add(
+        "object-add",
+        |daemon: Rc<Daemon>, options: ObjectOptions| async move { daemon.objects.add(options) },
+    );
+    registry.add(
+        "object-del",
+        |daemon: Rc<Daemon>, ObjectDel { id }| async move { daemon.objects.del(&id) },
+    );
+}
