@@ -1,1 +1,9 @@
-//! Exports of stord: FUSE, VDUSE, vhost-user-blk, NBD.
+//! Exports: block nodes as seen from outside.
+//!
+//! [`ExportRegistry`] adds, removes and lists them, on the control thread. An export sees the block layer as a
+//! [`stord_block::Backend`] and never a driver; each of its queues is a set of local tasks on one I/O context.
+
+mod fuse;
+mod registry;
+
+pub use registry::{ExportEvent, ExportRegistry};

@@ -1,0 +1,266 @@
+//! The kernel's FUSE wire format, as far as a file system of one regular file needs it.
+//!
+//! Layouts and numbers are those of `include/uapi/linux/fuse.h` (protocol 7.31 to 7.45), in native byte order. Every structure is plain
+//! bytes: reading one from a request cannot fail but for want of bytes, and whatever the bytes say is checked by who uses them.
+
+use bitflags::bitflags;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// The protocol's major version.
+pub(super) const MAJOR: u32 = 7;
+/// The minor version spoken here.
+pub(super) const MINOR: u32 = 45;
+/// The oldest minor version that is accepted: Linux 5.4.
+pub(super) const OLDEST_MINOR: u32 = 31;
+/// The node id of the root, which is the exported file itself.
+pub(super) const ROOT_ID: u64 = 1;
+/// Reads from the device need room for at least so many bytes.
+pub(super) const MIN_READ_BUFFER: usize = 8192;
+/// No request has more bytes of arguments than this in front of its payload.
+pub(super) const MAX_ARGUMENTS: usize = 128;
+
+/// The operations that the kernel asks for.
+pub(super) mod opcode {
+    pub(crate) const LOOKUP: u32 = 1;
+    pub(crate) const FORGET: u32 = 2;
+    pub(crate) const GETATTR: u32 = 3;
+    pub(crate) const SETATTR: u32 = 4;
+    pub(crate) const OPEN: u32 = 14;
+    pub(crate) const READ: u32 = 15;
+    pub(crate) const WRITE: u32 = 16;
+    pub(crate) const STATFS: u32 = 17;
+    pub(crate) const RELEASE: u32 = 18;
+    pub(crate) const FSYNC: u32 = 20;
+    pub(crate) const FLUSH: u32 = 25;
+    pub(crate) const INIT: u32 = 26;
+    pub(crate) const DESTROY: u32 = 38;
+    pub(crate) const BATCH_FORGET: u32 = 42;
+    pub(crate) const FALLOCATE: u32 = 43;
+    pub(crate) const LSEEK: u32 = 46;
+}
+
+/// A message to the kernel that no request asked for; goes into [`OutHeader::error`].
+pub(super) const NOTIFY_INVAL_INODE: i32 = 2;
+
+bitflags! {
+    /// What kernel and daemon agree upon in INIT; bits from 32 on travel in `flags2`.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct InitFlags: u64 {
+        const ASYNC_READ = 1;
+        /// OPEN carries O_TRUNC, so that a file system can ignore it.
+        const ATOMIC_O_TRUNC = 1 << 3;
+        const BIG_WRITES = 1 << 5;
+        /// Direct I/O requests run in parallel.
+        const ASYNC_DIO = 1 << 15;
+        const MAX_PAGES = 1 << 22;
+        /// `flags2` is there.
+        const INIT_EXT = 1 << 30;
+        /// Shared mappings of files opened with DIRECT_IO.
+        const DIRECT_IO_ALLOW_MMAP = 1 << 36;
+        const OVER_IO_URING = 1 << 41;
+    }
+}
+
+bitflags! {
+    /// What a SETATTR request changes.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct SetattrValid: u32 {
+        const MODE = 1;
+        const UID = 1 << 1;
+        const GID = 1 << 2;
+        const SIZE = 1 << 3;
+        const ATIME = 1 << 4;
+        const MTIME = 1 << 5;
+        const FH = 1 << 6;
+        const ATIME_NOW = 1 << 7;
+        const MTIME_NOW = 1 << 8;
+        const LOCKOWNER = 1 << 9;
+        const CTIME = 1 << 10;
+    }
+}
+
+bitflags! {
+    /// How an opened file behaves.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(super) struct OpenFlags: u32 {
+        /// Past the page cache.
+        const DIRECT_IO = 1;
+        /// Writes inside the file do not exclude one another.
+        const PARALLEL_DIRECT_WRITES = 1 << 6;
+    }
+}
+
+/// Plain structures of the wire format, with a check of their sizes.
+macro_rules! wire {
+    ($($(#[$meta:meta])* struct $name:ident [$size:literal] { $($field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$meta])*
+            #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+            #[repr(C)]
+            pub(super) struct $name { $(pub(super) $field: $type,)* }
+            const _: () = assert!(size_of::<$name>() == $size, "the size of the kernel's structure");
+        )*
+    };
+}
+
+wire! {
+    /// In front of every request.
+    struct InHeader[40] {
+        len: u32,
+        opcode: u32,
+        unique: u64,
+        nodeid: u64,
+        uid: u32,
+        gid: u32,
+        pid: u32,
+        total_extlen: u16,
+        padding: u16,
+    }
+
+    /// In front of every reply; `error` is 0 or a negated errno.
+    struct OutHeader[16] {
+        len: u32,
+        error: i32,
+        unique: u64,
+    }
+
+    struct InitIn[64] {
+        major: u32,
+        minor: u32,
+        max_readahead: u32,
+        flags: u32,
+        flags2: u32,
+        unused: [u32; 11],
+    }
+
+    struct InitOut[64] {
+        major: u32,
+        minor: u32,
+        max_readahead: u32,
+        flags: u32,
+        max_background: u16,
+        congestion_threshold: u16,
+        max_write: u32,
+        time_gran: u32,
+        max_pages: u16,
+        map_alignment: u16,
+        flags2: u32,
+        unused: [u32; 7],
+    }
+
+    struct Attr[88] {
+        ino: u64,
+        size: u64,
+        blocks: u64,
+        atime: u64,
+        mtime: u64,
+        ctime: u64,
+        atimensec: u32,
+        mtimensec: u32,
+        ctimensec: u32,
+        mode: u32,
+        nlink: u32,
+        uid: u32,
+        gid: u32,
+        rdev: u32,
+        blksize: u32,
+        flags: u32,
+    }
+
+    /// `attr_valid` is how long the kernel may keep the attributes.
+    struct AttrOut[104] {
+        attr_valid: u64,
+        attr_valid_nsec: u32,
+        dummy: u32,
+        attr: Attr,
+    }
+
+    struct SetattrIn[88] {
+        valid: u32,
+        padding: u32,
+        fh: u64,
+        size: u64,
+        lock_owner: u64,
+        atime: u64,
+        mtime: u64,
+        ctime: u64,
+        atimensec: u32,
+        mtimensec: u32,
+        ctimensec: u32,
+        mode: u32,
+        unused4: u32,
+        uid: u32,
+        gid: u32,
+        unused5: u32,
+    }
+
+    struct OpenOut[16] {
+        fh: u64,
+        open_flags: u32,
+        padding: u32,
+    }
+
+    struct ReadIn[40] {
+        fh: u64,
+        offset: u64,
+        size: u32,
+        read_flags: u32,
+        lock_owner: u64,
+        flags: u32,
+        padding: u32,
+    }
+
+    struct WriteIn[40] {
+        fh: u64,
+        offset: u64,
+        size: u32,
+        write_flags: u32,
+        lock_owner: u64,
+        flags: u32,
+        padding: u32,
+    }
+
+    struct WriteOut[8] {
+        size: u32,
+        padding: u32,
+    }
+
+    struct FallocateIn[32] {
+        fh: u64,
+        offset: u64,
+        length: u64,
+        mode: u32,
+        padding: u32,
+    }
+
+    struct LseekIn[24] {
+        fh: u64,
+        offset: u64,
+        whence: u32,
+        padding: u32,
+    }
+
+    struct LseekOut[8] {
+        offset: u64,
+    }
+
+    struct StatfsOut[80] {
+        blocks: u64,
+        bfree: u64,
+        bavail: u64,
+        files: u64,
+        ffree: u64,
+        bsize: u32,
+        namelen: u32,
+        frsize: u32,
+        padding: u32,
+        spare: [u32; 6],
+    }
+
+    /// A negative `off` leaves cached pages alone and only drops the attributes.
+    struct NotifyInvalInodeOut[24] {
+        ino: u64,
+        off: i64,
+        len: i64,
+    }
+}

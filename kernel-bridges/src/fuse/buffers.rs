@@ -1,0 +1,168 @@
+//! Memory for requests: one buffer for each request in flight, made when needed and used again.
+//!
+//! A buffer holds a request and then its reply, so that both are one contiguous piece of memory, and so that the payload of a WRITE
+//! and of a READ's reply begins at a page boundary, as direct I/O on the storage needs it:
+//!
+//! ```text
+//!        4016        4056       4080      4096                    4096 + MAX_PAYLOAD
+//!  unused | in header | arguments of WRITE | payload of WRITE ...
+//!  unused                         | out header | payload of READ ...
+//! ```
+//!
+//! Untouched pages take no memory, so that a small request costs two pages; pages that a large one touched are given back when the
+//! queue has been idle for a while ([`Buffers::trim`]).
+
+use std::cell::{Cell, RefCell};
+
+use stord_aio::{IoBuffer, IoVec};
+
+use super::abi::{InHeader, OutHeader, WriteIn};
+
+/// The most bytes that one READ or WRITE moves.
+pub(super) const MAX_PAYLOAD: usize = 1 << 20;
+/// Where the payload begins.
+const PAYLOAD_AT: usize = 4096;
+/// Header and arguments of a WRITE are in front of its payload.
+const REQUEST_AT: usize = PAYLOAD_AT - size_of::<InHeader>() - size_of::<WriteIn>();
+const REPLY_AT: usize = PAYLOAD_AT - size_of::<OutHeader>();
+/// Bytes in front of a WRITE's payload.
+pub(super) const BEFORE_PAYLOAD: usize = PAYLOAD_AT - REQUEST_AT;
+/// Buffers that stay when the queue is idle, and what each of them may have touched, in bytes.
+const KEPT_IDLE: usize = 4;
+const KEPT_TOUCHED: usize = 16 << 10;
+/// More buffers than this are never kept.
+const KEPT: usize = 64;
+
+/// Memory for one request and its reply.
+pub(super) struct RequestBuffer {
+    memory: IoBuffer,
+    request: IoVec,
+    payload: IoBuffer,
+    /// Bytes of payload that have been used.
+    touched: usize,
+}
+
+impl RequestBuffer {
+    fn new() -> Self {
+        let memory = IoBuffer::zeroed(PAYLOAD_AT + MAX_PAYLOAD);
+        Self {
+            request: memory.slice(REQUEST_AT..memory.len()).into(),
+            payload: memory.slice(PAYLOAD_AT..memory.len()),
+            memory,
+            touched: 0,
+        }
+    }
+
+    /// Where the device's next request goes.
+    pub(super) fn request(&self) -> &IoVec {
+        &self.request
+    }
+
+    /// Copies the beginning of the request.
+    pub(super) fn read_request(&self, at: usize, out: &mut [u8]) {
+        self.memory.read_at(REQUEST_AT + at, out);
+    }
+
+    /// Where payloads are.
+    pub(super) fn payload(&self) -> &IoBuffer {
+        &self.payload
+    }
+
+    /// Notes that so many bytes of payload have been used.
+    pub(super) fn touch(&mut self, bytes: usize) {
+        self.touched = self.touched.max(bytes);
+    }
+
+    /// Puts a header in front of the payload, of which `len` bytes belong to the reply. Gives the whole reply.
+    pub(super) fn reply(&self, header: &[u8; size_of::<OutHeader>()], len: usize) -> IoVec {
+        self.memory.write_at(REPLY_AT, header);
+        self.memory.slice(REPLY_AT..PAYLOAD_AT + len).into()
+    }
+}
+
+/// The buffers of one queue that are not in use.
+#[derive(Default)]
+pub(super) struct Buffers {
+    free: RefCell<Vec<RequestBuffer>>,
+    /// How often a buffer was taken, to tell an idle queue.
+    taken: Cell<u64>,
+}
+
+impl Buffers {
+    /// Takes the buffer used last, whose memory is most likely in the processor's cache.
+    pub(super) fn take(&self) -> RequestBuffer {
+        self.taken.set(self.taken.get().wrapping_add(1));
+        let free = self.free.borrow_mut().pop();
+        free.unwrap_or_else(RequestBuffer::new)
+    }
+
+    /// Gives a buffer back.
+    pub(super) fn put(&self, buffer: RequestBuffer) {
+        let mut free = self.free.borrow_mut();
+        if free.len() < KEPT {
+            free.push(buffer);
+        }
+    }
+
+    /// Changes whenever a buffer has been taken.
+    pub(super) fn activity(&self) -> u64 {
+        self.taken.get()
+    }
+
+    /// Whether an idle queue would give memory back.
+    pub(super) fn is_excessive(&self) -> bool {
+        let free = self.free.borrow();
+        free.len() > KEPT_IDLE || free.iter().any(|buffer| buffer.touched > KEPT_TOUCHED)
+    }
+
+    /// Gives back the memory that an idle queue does not need.
+    pub(super) fn trim(&self) {
+        let mut free = self.free.borrow_mut();
+        free.retain(|buffer| buffer.touched <= KEPT_TOUCHED);
+        free.truncate(KEPT_IDLE);
+        free.shrink_to_fit();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn payloads_are_aligned_and_follow_their_headers() {
+        let buffer = RequestBuffer::new();
+        assert_eq!(buffer.payload().addr() % 4096, 0);
+        assert_eq!(buffer.payload().len(), MAX_PAYLOAD);
+        assert_eq!(
+            buffer.request().len(),
+            (BEFORE_PAYLOAD + MAX_PAYLOAD) as u64
+        );
+        buffer.payload().write_at(0, b"data");
+        let reply = buffer.reply(b"0123456789abcdef", 4).to_vec();
+        assert_eq!(reply, b"0123456789abcdefdata");
+    }
+
+    #[test]
+    fn an_idle_queue_gives_large_buffers_back() {
+        let buffers = Buffers::default();
+        let mut large = buffers.take();
+        large.touch(MAX_PAYLOAD);
+        let small = buffers.take();
+        buffers.put(large);
+        buffers.put(small);
+        assert!(buffers.is_excessive());
+        buffers.trim();
+        assert!(!buffers.is_excessive());
+        assert_eq!(buffers.free.borrow().len(), 1);
+    }
+
+    #[test]
+    fn the_buffer_used_last_is_used_next() {
+        let buffers = Buffers::default();
+        let (one, two) = (buffers.take(), buffers.take());
+        let address = two.payload().addr();
+        buffers.put(one);
+        buffers.put(two);
+        assert_eq!(buffers.take().payload().addr(), address);
+    }
+}

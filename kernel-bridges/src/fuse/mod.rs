@@ -1,0 +1,25 @@
+//! The FUSE export: a block node as a regular file, mounted over an existing file.
+//!
+//! ```text
+//! export       life cycle, on the control thread
+//!   mount        how the file system gets to its path and away again    (kernel: the system calls, init: the first request)
+//!   session      what the queues share
+//!     classic      a queue: fetch, answer at once or as a task, reply   (buffers: memory for requests)
+//!       request      what is asked, without its transport               (abi: the wire format)
+//!       file_system  what is answered                                   (attributes, space)
+//! ```
+
+mod abi;
+mod attributes;
+mod buffers;
+mod classic;
+mod export;
+mod file_system;
+mod init;
+mod kernel;
+mod mount;
+mod request;
+mod session;
+mod space;
+
+pub(crate) use export::{Ended, FuseExport, FuseOptions, check_mountpoint};

@@ -1,0 +1,359 @@
+//! The exports of the process: their names, their lives, and who is told when one ends.
+//!
+//! Everything here runs on the control thread. An export is in the list from the moment its name is taken until nothing of it is
+//! left: its users are gone, its backend is detached, its `iothread`s are released. Only then is its end announced, so that whoever
+//! hears of it can use its id, its node and its mountpoint again.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use stord_aio::Context;
+use stord_aio::sync::watch;
+use stord_block::graph::Claim;
+use stord_block::{Backend, Contexts, Graph, Permissions};
+use stord_qmp::Error;
+use stord_qmp::schema::export::{
+    BlockExportInfo, BlockExportIothreads, BlockExportKind, BlockExportOptions,
+    BlockExportOptionsFuse, BlockExportRemoveMode, BlockExportType, FuseExportAllowOther,
+};
+
+use crate::fuse::{Ended, FuseExport, FuseOptions, check_mountpoint};
+
+/// So many contexts serve an export that names none.
+const DEFAULT_QUEUES: usize = 2;
+/// `del` waits so long for the export's end, then leaves it to itself.
+const DELETION_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What happens to exports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExportEvent {
+    /// Nothing is left of the export; its id is free.
+    Deleted {
+        /// The export's id.
+        id: String,
+    },
+}
+
+/// The exports of the process; lives on the control thread, inside a `tokio::task::LocalSet`.
+pub struct ExportRegistry {
+    graph: Rc<Graph>,
+    contexts: Rc<Contexts>,
+    events: Box<dyn Fn(ExportEvent)>,
+    exports: RefCell<Vec<Rc<Entry>>>,
+}
+
+/// One export, from the taking of its id to its end.
+struct Entry {
+    id: String,
+    kind: BlockExportType,
+    node_name: String,
+    /// As the user wrote it; exports on the same one exclude each other.
+    mountpoint: String,
+    shutting_down: Cell<bool>,
+    /// `None` while it is being set up.
+    export: RefCell<Option<Rc<FuseExport>>>,
+    stage: watch::Sender<Stage>,
+}
+
+/// How far an export has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Starting,
+    Running,
+    Gone,
+}
+
+/// The contexts that serve an export.
+struct Placement {
+    contexts: Vec<Context>,
+    /// The `iothread` objects among them, to be released at the end.
+    iothreads: Vec<String>,
+}
+
+impl ExportRegistry {
+    /// A registry without exports. `events` hears of what happens to them.
+    pub fn new(
+        graph: Rc<Graph>,
+        contexts: Rc<Contexts>,
+        events: impl Fn(ExportEvent) + 'static,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            graph,
+            contexts,
+            events: Box::new(events),
+            exports: RefCell::default(),
+        })
+    }
+
+    /// Creates an export; it can be used when this returns.
+    ///
+    /// # Errors
+    /// The id or the mountpoint is taken, the node cannot be exported so, or the kernel refuses. Nothing is left then.
+    pub async fn add(self: &Rc<Self>, options: BlockExportOptions) -> Result<(), Error> {
+        if !is_wellformed(&options.id) {
+            return Err(Error::generic("Invalid block export id"));
+        }
+        if self.find(&options.id).is_some() {
+            return Err(Error::generic(format!(
+                "Block export id '{}' is already in use",
+                options.id
+            )));
+        }
+        let node = self.graph.find(&options.node_name)?;
+        let BlockExportKind::Fuse(fuse) = &options.kind;
+        let (stage, _) = watch::channel(Stage::Starting);
+        let entry = Rc::new(Entry {
+            id: options.id.clone(),
+            kind: BlockExportType::Fuse,
+            node_name: node.name().to_owned(),
+            mountpoint: fuse.mountpoint.clone(),
+            shutting_down: Cell::new(false),
+            export: RefCell::new(None),
+            stage,
+        });
+        drop(node);
+        let is_taken = self.mountpoint_is_taken(&entry.mountpoint);
+        self.exports.borrow_mut().push(Rc::clone(&entry));
+        let started = self.start(&entry, &options, fuse, is_taken).await;
+        if started.is_err() {
+            self.forget(&entry);
+        }
+        started
+    }
+
+    async fn start(
+        self: &Rc<Self>,
+        entry: &Rc<Entry>,
+        options: &BlockExportOptions,
+        fuse: &BlockExportOptionsFuse,
+        mountpoint_is_taken: bool,
+    ) -> Result<(), Error> {
+        let placement = self.place(options)?;
+        let writable = options.writable.unwrap_or(false);
+        let backend = match self.attach(options, writable).await {
+            Ok(backend) => backend,
+            Err(error) => {
+                self.release(&placement);
+                return Err(error);
+            }
+        };
+        let growable = fuse.growable.unwrap_or(false);
+        let writethrough = options.writethrough.unwrap_or(false);
+        let allow_other = fuse.allow_other.unwrap_or(FuseExportAllowOther::Auto);
+        let started = async {
+            if mountpoint_is_taken {
+                return Err(Error::generic(format!(
+                    "There already is a FUSE export on '{}'",
+                    fuse.mountpoint
+                )));
+            }
+            let options = FuseOptions {
+                path: check_mountpoint(&fuse.mountpoint).await?,
+                allow_other,
+                writable,
+                growable,
+                writethrough,
+            };
+            FuseExport::start(options, backend.clone(), &placement.contexts).await
+        };
+        match started.await {
+            Ok((export, ended)) => {
+                self.supervise(entry, export, ended, backend, placement);
+                Ok(())
+            }
+            Err(error) => {
+                self.graph.detach(backend).await;
+                self.release(&placement);
+                Err(error)
+            }
+        }
+    }
+
+    /// Chooses the contexts of an export.
+    fn place(&self, options: &BlockExportOptions) -> Result<Placement, Error> {
+        let names: &[String] = match &options.iothread {
+            None => {
+                let contexts = self.contexts.shared(DEFAULT_QUEUES).map_err(|error| {
+                    Error::generic(format!("Could not start an I/O thread: {error}"))
+                })?;
+                return Ok(Placement {
+                    contexts,
+                    iothreads: Vec::new(),
+                });
+            }
+            Some(BlockExportIothreads::Single(name)) => std::slice::from_ref(name),
+            Some(BlockExportIothreads::Multi(names)) => names,
+        };
+        if names.is_empty() {
+            return Err(Error::generic("The list of I/O threads must not be empty"));
+        }
+        let mut placement = Placement {
+            contexts: Vec::new(),
+            iothreads: Vec::new(),
+        };
+        for name in names {
+            match self.contexts.acquire(name) {
+                Ok(context) => {
+                    placement.contexts.push(context);
+                    placement.iothreads.push(name.clone());
+                }
+                Err(_) => {
+                    self.release(&placement);
+                    return Err(Error::generic(format!("iothread \"{name}\" not found")));
+                }
+            }
+        }
+        Ok(placement)
+    }
+
+    fn release(&self, placement: &Placement) {
+        for name in &placement.iothreads {
+            self.contexts.release(name);
+        }
+    }
+
+    async fn attach(&self, options: &BlockExportOptions, writable: bool) -> Result<Backend, Error> {
+        let node = self.graph.find(&options.node_name)?;
+        if writable && node.is_read_only() {
+            return Err(Error::generic("Cannot export read-only node as writable"));
+        }
+        drop(node);
+        let mut permissions = Permissions::CONSISTENT_READ;
+        if writable {
+            permissions |= Permissions::WRITE | Permissions::RESIZE;
+        }
+        let claim = Claim {
+            permissions,
+            shared: Permissions::all(),
+        };
+        let description = format!("block export '{}'", options.id);
+        self.graph
+            .attach(&options.node_name, &description, claim)
+            .await
+    }
+
+    /// Sees the export to its end.
+    fn supervise(
+        self: &Rc<Self>,
+        entry: &Rc<Entry>,
+        export: FuseExport,
+        ended: Ended,
+        backend: Backend,
+        placement: Placement,
+    ) {
+        let export = Rc::new(export);
+        *entry.export.borrow_mut() = Some(Rc::clone(&export));
+        entry.stage.send_replace(Stage::Running);
+        let (registry, entry) = (Rc::clone(self), Rc::clone(entry));
+        tokio::task::spawn_local(async move {
+            ended.await;
+            entry.shutting_down.set(true);
+            export.finish().await;
+            drop(entry.export.take());
+            drop(export);
+            registry.graph.detach(backend).await;
+            registry.release(&placement);
+            registry.forget(&entry);
+            let id = entry.id.clone();
+            (registry.events)(ExportEvent::Deleted { id });
+        });
+    }
+
+    /// Removes an export. `Safe` and `Hard` are the same for FUSE: whoever has the file open finds it gone.
+    ///
+    /// Returns when the export is gone, or after a while in which it could not go because a request does not end.
+    ///
+    /// # Errors
+    /// There is no such export, or it is only being set up.
+    pub async fn del(self: &Rc<Self>, id: &str, mode: BlockExportRemoveMode) -> Result<(), Error> {
+        // No type of export has yet something that only `Hard` takes away.
+        let (BlockExportRemoveMode::Safe | BlockExportRemoveMode::Hard) = mode;
+        let entry = self
+            .find(id)
+            .ok_or_else(|| Error::generic(format!("Export '{id}' is not found")))?;
+        let stage = entry.stage.subscribe();
+        if !self.request_shutdown(&entry) {
+            return Err(Error::generic(format!("export '{id}' still in use")));
+        }
+        // Dropping the receiver stops nothing.
+        if tokio::time::timeout(DELETION_PATIENCE, is_gone(stage))
+            .await
+            .is_err()
+        {
+            tracing::warn!(id, "the export waits for a request that does not end");
+        }
+        Ok(())
+    }
+
+    /// Starts to take an export down, unless that goes on already. False while it is being set up.
+    fn request_shutdown(&self, entry: &Rc<Entry>) -> bool {
+        let Some(export) = entry.export.borrow().clone() else {
+            return entry.shutting_down.get();
+        };
+        if !entry.shutting_down.replace(true) {
+            tokio::task::spawn_local(async move { export.shut_down().await });
+        }
+        true
+    }
+
+    /// The exports, in the order of their creation.
+    pub fn query(&self) -> Vec<BlockExportInfo> {
+        let exports = self.exports.borrow();
+        exports
+            .iter()
+            .map(|entry| BlockExportInfo {
+                id: entry.id.clone(),
+                r#type: entry.kind,
+                node_name: entry.node_name.clone(),
+                shutting_down: entry.shutting_down.get(),
+            })
+            .collect()
+    }
+
+    /// Removes all exports, and returns when the last is gone.
+    pub async fn close_all(self: &Rc<Self>) {
+        loop {
+            let entries = self.exports.borrow().clone();
+            let Some(first) = entries.first() else { return };
+            for entry in &entries {
+                self.request_shutdown(entry);
+            }
+            let mut stage = first.stage.subscribe();
+            // One that is still being set up is asked again when it runs.
+            let was = *stage.borrow_and_update();
+            let _ = stage.wait_for(|stage| *stage != was).await;
+        }
+    }
+
+    fn find(&self, id: &str) -> Option<Rc<Entry>> {
+        let exports = self.exports.borrow();
+        exports.iter().find(|entry| entry.id == id).cloned()
+    }
+
+    fn mountpoint_is_taken(&self, mountpoint: &str) -> bool {
+        let exports = self.exports.borrow();
+        exports.iter().any(|entry| entry.mountpoint == mountpoint)
+    }
+
+    fn forget(&self, entry: &Rc<Entry>) {
+        self.exports
+            .borrow_mut()
+            .retain(|held| !Rc::ptr_eq(held, entry));
+        entry.stage.send_replace(Stage::Gone);
+    }
+}
+
+async fn is_gone(mut stage: watch::Receiver<Stage>) {
+    // The sender is part of the entry, which says so before it goes.
+    let _ = stage.wait_for(|stage| *stage == Stage::Gone).await;
+}
+
+/// Whether an id is a letter followed by letters, digits, '-', '.' and '_'.
+fn is_wellformed(id: &str) -> bool {
+    let mut bytes = id.bytes();
+    bytes
+        .next()
+        .is_some_and(|first| first.is_ascii_alphabetic())
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+}
