@@ -25,11 +25,6 @@ struct ExtendedAttributes {
 }
 
 mod ioctl {
-    #![expect(
-        missing_docs,
-        reason = "the macros make public functions of a private module"
-    )]
-
     use super::ExtendedAttributes;
 
     nix::ioctl_read!(get_flags, b'f', 1, libc::c_long);
