@@ -14,6 +14,8 @@ pub mod drivers;
 pub mod graph;
 mod io;
 pub mod job;
+#[cfg(test)]
+mod testing;
 
 pub use backend::{Backend, BackendListener};
 pub use contexts::Contexts;

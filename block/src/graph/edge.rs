@@ -47,7 +47,7 @@ impl Edge {
         self.node.load_full()
     }
 
-    pub(super) fn set_node(&self, node: Option<Arc<Node>>) {
+    pub(crate) fn set_node(&self, node: Option<Arc<Node>>) {
         self.node.store(node);
     }
 
@@ -67,7 +67,7 @@ pub struct Children(Arc<[Edge]>);
 
 impl Children {
     /// Places for children of these names, all empty; their order gives the [`ChildId`]s.
-    pub(super) fn new(names: &[&'static str]) -> Self {
+    pub(crate) fn new(names: &[&'static str]) -> Self {
         let edges = names.iter().map(|name| Edge {
             name,
             node: ArcSwapOption::empty(),

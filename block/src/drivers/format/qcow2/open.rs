@@ -1,0 +1,96 @@
+//! Opening: what the image needs beside itself, then the image.
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+
+use arc_swap::ArcSwap;
+use stord_aio::sync;
+use stord_qmp::Error;
+use stord_qmp::schema::block::BlockdevOptionsQcow2;
+
+use super::cache::SliceCache;
+use super::compressed::Decompressed;
+use super::header::{Header, strerror};
+use super::l1::L1;
+use super::layout::Incompatible;
+use super::options::Options;
+use super::single_flight::SingleFlight;
+use super::snapshot::Snapshots;
+use super::{Image, Meta, Qcow2};
+use crate::driver::{DATA_FILE, ImageLinks};
+use crate::graph::{Children, NodeOptions};
+
+/// Guest-visible lengths are multiples of this.
+const SECTOR: u64 = 512;
+
+/// Reads what the image says of the files it needs beside itself.
+///
+/// # Errors
+/// The header cannot be read or is not that of an image that can be opened.
+pub async fn links(children: &Children) -> Result<ImageLinks, Error> {
+    let header = Header::read(children).await?;
+    Ok(ImageLinks {
+        backing_file: header.backing_file,
+        backing_format: header.backing_format,
+        data_file: header.geometry.data_file.then_some(header.data_file),
+    })
+}
+
+/// Opens the image, whose children are in place.
+///
+/// # Errors
+/// The image cannot be read, is not supported, is damaged, or does not fit the options.
+pub async fn open(
+    children: Children,
+    options: BlockdevOptionsQcow2,
+    common: NodeOptions,
+) -> Result<Qcow2, Error> {
+    let header = Header::read(&children).await?;
+    let writable = !common.read_only;
+    if writable && header.incompatible().contains(Incompatible::CORRUPT) {
+        return Err(Error::generic(
+            "qcow2: Image is corrupt; cannot be opened read/write",
+        ));
+    }
+    let geometry = header.geometry;
+    if geometry.data_file && children.node(DATA_FILE).is_none() {
+        return Err(Error::generic("'data-file' is required for this image"));
+    }
+    let size = header.raw.size.get() & !(SECTOR - 1);
+    let options = Options::new(
+        &options,
+        &common,
+        &geometry,
+        size,
+        header.raw.compatible.get(),
+    )?;
+    // At most 2^22 entries.
+    let l1_len = usize::try_from(header.raw.l1_size.get()).unwrap_or(usize::MAX);
+    let l1 = L1::read(&children, header.raw.l1_table_offset.get(), l1_len)
+        .await
+        .map_err(|errno| {
+            Error::generic(format!("Could not read L1 table: {}", strerror(errno)))
+                .with_source(errno)
+        })?;
+    let snapshots = Snapshots::read(&children, &header).await?;
+    let image = Image {
+        slices: SliceCache::new(options.l2_cache, 1 << options.slice_bits),
+        children,
+        geometry,
+        options,
+        writable,
+        header: Mutex::new(header),
+        header_writes: sync::Mutex::new(()),
+        size: AtomicU64::new(size),
+        l1: ArcSwap::from_pointee(l1),
+        loading: SingleFlight::default(),
+        decompressed: Decompressed::default(),
+        snapshots,
+        unusable: AtomicBool::new(false),
+        corruption_reported: AtomicBool::new(false),
+        armed: AtomicBool::new(false),
+        metadata_places: AtomicU64::new(1),
+        meta: Mutex::new(Meta::default()),
+    };
+    Ok(Qcow2(Arc::new(image)))
+}

@@ -1,0 +1,4 @@
+//! Tests of the driver over a disk in memory, and against QEMU's tools where those are installed.
+
+mod harness;
+mod reading;
