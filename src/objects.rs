@@ -109,8 +109,8 @@ impl Objects {
         };
         let event_loop = EventLoop::check(&properties.event_loop)?;
         event_loop.refuse_pool("an iothread")?;
-        event_loop.refuse_batch("an iothread")?;
-        self.contexts.add_iothread(id, poll)
+        let batch = u32::try_from(event_loop.batch).unwrap_or(u32::MAX);
+        self.contexts.add_iothread(id, poll, batch)
     }
 
     fn add_main_loop(&self, properties: &EventLoopBaseProperties) -> Result<(), Error> {

@@ -59,13 +59,14 @@ impl Contexts {
             .collect())
     }
 
-    /// Starts the context of an `iothread` object.
+    /// Starts the context of an `iothread` object; `batch` is the most operations it submits at once, 0 its own choice.
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn add_iothread(&self, id: &str, poll: PollParams) -> Result<(), Error> {
+    pub fn add_iothread(&self, id: &str, poll: PollParams, batch: u32) -> Result<(), Error> {
         let context = Context::start(ContextConfig {
             poll,
+            batch,
             ..config(&format!("IO {id}"))
         })
         .map_err(|source| Error::generic(format!("Could not start iothread '{id}': {source}")))?;

@@ -63,6 +63,14 @@ impl Error {
         Self::new(ErrorClass::GenericError, message)
     }
 
+    /// An error of class `GenericError` that says what failed and why, in the words of the C library.
+    pub fn os(what: impl fmt::Display, cause: impl Into<std::io::Error>) -> Self {
+        let cause = cause.into();
+        let text = cause.to_string();
+        let reason = text.split(" (os error ").next().unwrap_or(&text);
+        Self::generic(format!("{what}: {reason}")).with_source(cause)
+    }
+
     /// The same error with advice for a person.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {

@@ -226,11 +226,13 @@ impl Graph {
                 }
                 Ok(())
             }
-            Ok(Err(errno)) => Err(Error::generic(format!(
-                "Could not resize '{}': {}",
-                node.name(),
-                errno.desc()
-            ))),
+            Ok(Err(stord_aio::Errno::ENOTSUP)) => Err(Error::generic(
+                "Image format driver does not support resize",
+            )),
+            Ok(Err(errno)) => Err(Error::os(
+                format!("Could not resize '{}'", node.name()),
+                errno,
+            )),
             Err(gone) => Err(Error::generic(gone.to_string())),
         }
     }

@@ -460,12 +460,8 @@ impl Graph {
                 .await?
         };
         self.close_unused(node).await;
-        let format = probed.map_err(|errno| {
-            Error::generic(format!(
-                "Could not read image for determining its format: {}",
-                errno.desc()
-            ))
-        })?;
+        let format = probed
+            .map_err(|errno| Error::os("Could not read image for determining its format", errno))?;
         let node_name = options.node_name.take();
         let mut above = filename::with_format(options, format);
         above.node_name = node_name;

@@ -104,5 +104,5 @@ fn write_zeroes(fd: &OwnedFd, size: i64, control: &JobControl) -> Result<(), Err
 }
 
 fn failed(what: &str, errno: Errno) -> Error {
-    Error::generic(format!("{what}: {}", errno.desc())).with_source(errno)
+    Error::os(what, errno)
 }

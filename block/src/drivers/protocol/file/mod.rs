@@ -344,13 +344,7 @@ impl FileDriver {
     /// Opens the same file with another access mode.
     fn open_again(&self, writable: bool) -> Result<File, Error> {
         let fd: OwnedFd = open::reopen(self.file().fd().as_fd(), writable, self.access.direct)
-            .map_err(|errno| {
-                Error::generic(format!(
-                    "Could not open '{}': {}",
-                    self.filename,
-                    errno.desc()
-                ))
-            })?;
+            .map_err(|errno| Error::os(format!("Could not open '{}'", self.filename), errno))?;
         Ok(File::new(fd, self.access.engine))
     }
 }

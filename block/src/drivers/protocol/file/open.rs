@@ -79,19 +79,11 @@ fn open_here(
         .with_hint("Open the image that is exported there instead"));
     }
     let locks = Locks::new(lock_descriptor(&fd, options)?);
-    let end = lseek(&fd, 0, Whence::SeekEnd).map_err(|errno| {
-        Error::generic(format!(
-            "Could not get the size of '{filename}': {}",
-            errno.desc()
-        ))
-        .with_source(errno)
-    })?;
+    let end = lseek(&fd, 0, Whence::SeekEnd)
+        .map_err(|errno| Error::os(format!("Could not get the size of '{filename}'"), errno))?;
     let limits = alignment::limits(&fd, node.direct).map_err(|errno| {
-        Error::generic(format!(
-            "Could not find working O_DIRECT alignment: {}",
-            errno.desc()
-        ))
-        .with_hint("Try cache.direct=off")
+        Error::os("Could not find working O_DIRECT alignment", errno)
+            .with_hint("Try cache.direct=off")
     })?;
     let engine = match options.aio {
         None => Engine::Auto,
@@ -127,8 +119,7 @@ fn cannot_open(filename: &str, errno: Errno, direct: bool) -> Error {
             "Could not open '{filename}': filesystem does not support O_DIRECT"
         ));
     }
-    let error =
-        Error::generic(format!("Could not open '{filename}': {}", errno.desc())).with_source(errno);
+    let error = Error::os(format!("Could not open '{filename}'"), errno);
     match errno {
         Errno::EACCES | Errno::EPERM | Errno::EROFS => {
             error.with_hint("Is read-only=on what you want?")
