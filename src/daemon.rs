@@ -8,9 +8,11 @@ use std::process::ExitCode;
 use std::rc::Rc;
 
 use stord_block::{Contexts, Graph};
+use stord_bridges::{ExportEvent, ExportRegistry};
 use stord_qmp::chardev_opts;
 use stord_qmp::opts::Opts;
-use stord_qmp::{Error, from_keyval};
+use stord_qmp::schema::export::BlockExportDeleted;
+use stord_qmp::{Error, Event, from_keyval};
 
 use crate::chardev::{Chardevs, Setting};
 use crate::cmdline::{Action, CommandLine, Step};
@@ -26,6 +28,8 @@ use crate::{notify, objects, trace};
 pub struct Daemon {
     /// The block nodes.
     pub graph: Rc<Graph>,
+    /// The exports.
+    pub exports: Rc<ExportRegistry>,
     /// The objects.
     pub objects: objects::Objects,
     /// The wish to end.
@@ -49,8 +53,19 @@ impl Daemon {
         let contexts = Rc::new(Contexts::start().map_err(failed)?);
         let graph = Rc::new(Graph::new(Rc::clone(&contexts)));
         let events = Broadcast::default();
+        let exports = {
+            let events = events.clone();
+            ExportRegistry::new(
+                Rc::clone(&graph),
+                Rc::clone(&contexts),
+                move |ExportEvent::Deleted { id }| {
+                    events.send(Event::new(&BlockExportDeleted { id }));
+                },
+            )
+        };
         Ok(Rc::new(Self {
             graph,
+            exports,
             objects: objects::Objects::new(contexts),
             shutdown,
             events,
@@ -63,6 +78,7 @@ impl Daemon {
     /// They did not all go within [`SHUTDOWN_LIMIT`].
     pub async fn close(&self) -> Result<(), Error> {
         let close = async {
+            self.exports.close_all().await;
             self.graph.close_all().await;
         };
         tokio::time::timeout(SHUTDOWN_LIMIT, close)
@@ -197,7 +213,8 @@ impl Server {
                 self.daemon.graph.blockdev_add(options).await?;
             }
             Action::Export => {
-                return Err(Error::generic("exports are not supported by stord yet"));
+                let options = from_keyval(&value, Some("type"))?;
+                self.daemon.exports.add(options).await?;
             }
             Action::Object => match objects::help(&value) {
                 Some(text) => return Ok(Progress::Print(text)),

@@ -6,6 +6,9 @@ use stord_qmp::Error;
 use stord_qmp::command::Registry;
 use stord_qmp::schema::block::{BlockResize, BlockdevDel, BlockdevOptions, QueryNamedBlockNodes};
 use stord_qmp::schema::control::{VersionInfo, VersionTriple};
+use stord_qmp::schema::export::{
+    BlockExportDel, BlockExportDeleted, BlockExportOptions, BlockExportRemoveMode,
+};
 use stord_qmp::schema::object::{ObjectDel, ObjectOptions};
 
 use crate::daemon::Daemon;
@@ -28,6 +31,7 @@ pub fn registry() -> Registry<Daemon> {
     let mut registry = Registry::new();
     add_control(&mut registry);
     add_nodes(&mut registry);
+    add_exports(&mut registry);
     add_objects(&mut registry);
     registry
 }
@@ -98,6 +102,27 @@ async fn resize(daemon: &Daemon, arguments: BlockResize) -> Result<(), Error> {
     let size =
         u64::try_from(size).map_err(|_| Error::generic("Parameter 'size' expects a >0 size"))?;
     daemon.graph.resize(&node, size).await
+}
+
+fn add_exports(registry: &mut Registry<Daemon>) {
+    registry.add_event::<BlockExportDeleted>();
+    registry.add(
+        "block-export-add",
+        |daemon: Rc<Daemon>, options: BlockExportOptions| async move {
+            daemon.exports.add(options).await
+        },
+    );
+    registry.add(
+        "block-export-del",
+        |daemon: Rc<Daemon>, BlockExportDel { id, mode }| async move {
+            let mode = mode.unwrap_or(BlockExportRemoveMode::Safe);
+            daemon.exports.del(&id, mode).await
+        },
+    );
+    registry.add(
+        "query-block-exports",
+        |daemon: Rc<Daemon>, (): ()| async move { Ok(daemon.exports.query()) },
+    );
 }
 
 fn add_objects(registry: &mut Registry<Daemon>) {

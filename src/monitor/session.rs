@@ -107,13 +107,15 @@ impl Client {
                 && self.queue.len() < QUEUE_LIMIT
                 && self.output.len() < OUTPUT_LIMIT;
             let running = &mut self.running;
+            // In this order, so that an event is told before the result of the command that caused it.
             let next = tokio::select! {
-                result = execution(running), if running.is_some() => Next::Finished(result),
-                read = reader.read(&mut buffer), if may_read => Next::Read(read),
-                sent = send(&mut writer, &self.output), if has_output => sent,
+                biased;
                 event = events.recv(), if !events_ended && self.output.len() < OUTPUT_LIMIT => {
                     Next::Event(event)
                 }
+                result = execution(running), if running.is_some() => Next::Finished(result),
+                read = reader.read(&mut buffer), if may_read => Next::Read(read),
+                sent = send(&mut writer, &self.output), if has_output => sent,
                 () = service.shutdown.requested(), if !stopped => Next::Shutdown,
             };
             match next {
