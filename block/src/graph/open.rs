@@ -357,51 +357,30 @@ impl Graph {
         let BlockdevDriver::Qcow2(qcow2) = &options.driver else {
             return Ok(());
         };
-        let node = match (&qcow2.backing, &links.backing_file) {
+        let reference = match (&qcow2.backing, &links.backing_file) {
             (Some(BlockdevRefOrNull::Null), _) | (None, None) => return Ok(()),
             (Some(BlockdevRefOrNull::Definition(definition)), _) => {
-                let reference = BlockdevRef::Definition(definition.clone());
-                self.open_ref(reference, options, Place::Backing, chain)
-                    .await?
+                Ok(BlockdevRef::Definition(definition.clone()))
             }
             (Some(BlockdevRefOrNull::Reference(name)), _) => {
-                self.open_ref(
-                    BlockdevRef::Reference(name.clone()),
-                    options,
-                    Place::Backing,
-                    chain,
-                )
-                .await?
+                Ok(BlockdevRef::Reference(name.clone()))
             }
-            (None, Some(name)) => {
-                if chain.depth > MAX_CHAIN {
-                    return Err(Error::generic(format!(
-                        "The backing chain is longer than {MAX_CHAIN} images"
-                    )));
-                }
-                let definition = self
-                    .backing_options(opening, name, links.backing_format.as_deref())
-                    .await;
-                let opened = match definition {
-                    Ok(definition) => {
-                        self.open_ref(
-                            BlockdevRef::Definition(Box::new(definition)),
-                            options,
-                            Place::Backing,
-                            chain,
-                        )
-                        .await
-                    }
-                    Err(error) => Err(error),
-                };
-                opened.map_err(|error| {
-                    Error::new(
-                        error.class,
-                        format!("Could not open backing file: {}", error.message),
-                    )
-                })?
-            }
+            (None, Some(_)) if chain.depth > MAX_CHAIN => Err(Error::generic(format!(
+                "The backing chain is longer than {MAX_CHAIN} images"
+            ))),
+            (None, Some(name)) => self
+                .backing_options(opening, name, links.backing_format.as_deref())
+                .await
+                .map(|definition| BlockdevRef::Definition(Box::new(definition))),
         };
+        let opened = match reference {
+            Ok(reference) => {
+                self.open_ref(reference, options, Place::Backing, chain)
+                    .await
+            }
+            Err(error) => Err(error),
+        };
+        let node = opened.map_err(|error| error.context("Could not open backing file"))?;
         opening.put(BACKING, node, false, false).await
     }
 
@@ -476,7 +455,11 @@ impl Graph {
         chain: &Chain<'_>,
     ) -> Result<Arc<Node>, Error> {
         match reference {
-            BlockdevRef::Reference(name) => self.find(&name),
+            BlockdevRef::Reference(name) => self.lookup(&name).ok_or_else(|| {
+                Error::generic(format!(
+                    "Cannot find device='{name}' nor node-name='{name}'"
+                ))
+            }),
             BlockdevRef::Definition(mut child) => {
                 inherit(&mut child, parent, place);
                 self.open_node(*child, chain).await

@@ -102,7 +102,7 @@ impl FileSystem {
         Ok(())
     }
 
-    /// Finds the next data or hole. The end of the file counts as a hole.
+    /// Finds the next data or hole. The end of the file counts as a hole, but nothing begins there.
     pub(super) async fn lseek(&self, offset: u64, whence: u32) -> Result<Reply, Errno> {
         let want_hole = match whence {
             SEEK_HOLE => true,
@@ -110,7 +110,7 @@ impl FileSystem {
             _ => return Err(Errno::EINVAL),
         };
         let size = self.backend.size();
-        if offset > size {
+        if offset >= size {
             return Err(Errno::ENXIO);
         }
         let mut at = offset;

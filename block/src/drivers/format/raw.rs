@@ -38,15 +38,15 @@ impl Raw {
             )));
         }
         if let Some(size) = size {
-            if !size.is_multiple_of(SECTOR) {
-                return Err(Error::generic(format!(
-                    "Specified size is not multiple of {SECTOR}"
-                )));
-            }
             if offset.checked_add(size).is_none_or(|end| end > file_size) {
                 return Err(Error::generic(format!(
                     "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size of the containing \
                      file ({file_size})"
+                )));
+            }
+            if !size.is_multiple_of(SECTOR) {
+                return Err(Error::generic(format!(
+                    "Specified size is not multiple of {SECTOR}"
                 )));
             }
         }

@@ -1,0 +1,94 @@
+//! A directory of the test's own. Dropping it detaches the loop devices on files below it, unmounts whatever is mounted
+//! below it and removes it, also while a test panics.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use super::mounts;
+use super::run::run;
+
+/// The test's own directory.
+pub struct Scratch {
+    dir: tempfile::TempDir,
+}
+
+impl Scratch {
+    /// A new directory on the disk, readable by every user.
+    pub fn new() -> Scratch {
+        Scratch::below(&std::env::temp_dir())
+    }
+
+    /// A new directory in memory where the machine has room for it, for images that are written a lot.
+    pub fn in_memory() -> Scratch {
+        let shm = Path::new("/dev/shm");
+        if shm.is_dir() {
+            Scratch::below(shm)
+        } else {
+            Scratch::new()
+        }
+    }
+
+    fn below(parent: &Path) -> Scratch {
+        let dir = tempfile::Builder::new()
+            .prefix("stord-test-")
+            .tempdir_in(parent)
+            .expect("the directory for temporary files is writable");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        Scratch { dir }
+    }
+
+    /// The directory itself.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The path of `name` in the directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Makes an empty file, as a mountpoint for instance.
+    pub fn empty_file(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        File::create(&path).unwrap();
+        path
+    }
+
+    /// Makes a file with this content.
+    pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// The names in the directory, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(self.dir())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A loop device can sit on a mount and carry a mount: go on as long as something was undone.
+        for _ in 0..4 {
+            let mut undone = false;
+            for mount in mounts::below(self.dir()).iter().rev() {
+                undone |= mounts::detach(mount);
+            }
+            for (device, file) in super::loop_device::all() {
+                if Path::new(&file).starts_with(self.dir()) {
+                    undone |= run("losetup", &["-d", &device]).success();
+                }
+            }
+            if !undone {
+                break;
+            }
+        }
+    }
+}
