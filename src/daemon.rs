@@ -26,6 +26,8 @@ use crate::{notify, objects, trace};
 
 /// What commands act on.
 pub struct Daemon {
+    /// The I/O contexts.
+    pub contexts: Rc<Contexts>,
     /// The block nodes.
     pub graph: Rc<Graph>,
     /// The exports.
@@ -66,7 +68,8 @@ impl Daemon {
         Ok(Rc::new(Self {
             graph,
             exports,
-            objects: objects::Objects::new(contexts),
+            objects: objects::Objects::new(Rc::clone(&contexts)),
+            contexts,
             shutdown,
             events,
         }))

@@ -9,11 +9,14 @@ mod daemon;
 mod daemonize;
 mod lifecycle;
 mod monitor;
+mod mount;
 mod notify;
 mod objects;
 mod pidfile;
 mod report;
+mod subcommand;
 mod trace;
+mod umount;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -29,6 +32,9 @@ fn main() -> ExitCode {
     let args: Vec<OsString> = args.collect();
     report::set_program(&argv0.to_string_lossy());
     trace::install();
+    if report::program() != cmdline::help::REFERENCE_NAME && subcommand::is_meant(&args) {
+        return subcommand::run(&argv0, &args);
+    }
     let command_line = match cmdline::read(args.clone()) {
         Outcome::Run(command_line) => command_line,
         Outcome::Print(text) => {

@@ -1,0 +1,206 @@
+//! The regular file over which an image is mounted: made if it is missing, cleared of what a dead
+//! daemon left there, and removed afterwards if it was made.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use stord_qmp::Error;
+
+use super::mountinfo::mount_at;
+use super::registry::Registry;
+use super::unmount::{InUse, unmount};
+use crate::report::{Origin, reason};
+
+/// A file to mount over.
+#[derive(Debug)]
+pub struct Mountpoint {
+    path: PathBuf,
+    created: bool,
+}
+
+impl Mountpoint {
+    /// Makes the path ready to be mounted over.
+    ///
+    /// # Errors
+    /// It is no regular file and cannot be made one, or something is mounted there.
+    pub fn prepare(path: &Path, registry: &Registry) -> Result<Self, Error> {
+        let path = absolute(path);
+        let shown = path.display();
+        let cleaned = match mount_at(&path) {
+            Some(mount) if !is_dead(&path) => {
+                let error = Error::generic(format!("something is mounted at '{shown}' already"));
+                return Err(if mount.is_ours() {
+                    error.with_hint(format!("Unmount it with: stord umount '{shown}'"))
+                } else {
+                    error
+                });
+            }
+            Some(mount) if mount.is_ours() => clean(&path, registry)?,
+            Some(mount) => {
+                return Err(Error::generic(format!(
+                    "'{shown}' is a dead mount of '{}', which stord did not make",
+                    mount.source
+                ))
+                .with_hint(format!("Unmount it first: umount '{shown}'")));
+            }
+            None => false,
+        };
+        let failed = |error: io::Error| {
+            let reason = reason(&error);
+            Error::generic(format!("cannot mount at '{shown}': {reason}")).with_source(error)
+        };
+        match fs::metadata(&path) {
+            Ok(found) if found.is_file() => Ok(Self {
+                path,
+                created: cleaned,
+            }),
+            Ok(found) => {
+                let kind = if found.is_dir() {
+                    "a directory"
+                } else {
+                    "no regular file"
+                };
+                Err(
+                    Error::generic(format!("cannot mount at '{shown}': it is {kind}")).with_hint(
+                        "Images are mounted over files. Give the path of a file; it is created \
+                         if it does not exist.",
+                    ),
+                )
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let mut mode = OpenOptions::new();
+                mode.write(true).create_new(true).mode(0o600);
+                mode.open(&path).map_err(failed)?;
+                Ok(Self {
+                    path,
+                    created: true,
+                })
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// The absolute path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the file goes with this value.
+    pub fn is_created(&self) -> bool {
+        self.created
+    }
+}
+
+impl Drop for Mountpoint {
+    fn drop(&mut self) {
+        if self.created {
+            remove_created(&self.path);
+        }
+    }
+}
+
+/// Removes a mountpoint that was made for a mount, unless it has got another purpose.
+pub fn remove_created(path: &Path) {
+    let is_ours = fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.len() == 0);
+    if is_ours && mount_at(path).is_none() {
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// The path without symbolic links, as far as it exists; works where a dead mount is at its end.
+pub fn absolute(path: &Path) -> PathBuf {
+    if let Ok(whole) = fs::canonicalize(path) {
+        return whole;
+    }
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    match (path.parent().map(fs::canonicalize), path.file_name()) {
+        (Some(Ok(parent)), Some(name)) => parent.join(name),
+        _ => path,
+    }
+}
+
+/// Whether the process that served the file system at the path is gone.
+pub fn is_dead(path: &Path) -> bool {
+    let gone = Errno::ENOTCONN as i32;
+    fs::metadata(path).is_err_and(|error| error.raw_os_error() == Some(gone))
+}
+
+/// Takes away the mount that a dead daemon left. True if it had made the mountpoint for it.
+///
+/// # Errors
+/// The kernel or the helper refuses.
+pub fn clean(path: &Path, registry: &Registry) -> Result<bool, Error> {
+    let shown = path.display();
+    unmount(path, InUse::Detach).map_err(|error| {
+        let reason = reason(&error);
+        Error::generic(format!(
+            "cannot clear the dead mount at '{shown}': {reason}"
+        ))
+        .with_source(error)
+    })?;
+    Origin::none().info(&format!(
+        "cleared the mount that a dead stord left at '{shown}'"
+    ));
+    let mut created = false;
+    for found in registry.find(path) {
+        if found.entry.mountpoint == path && !found.is_alive() {
+            created |= found.entry.created;
+            found.remove();
+        }
+    }
+    Ok(created)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prepare(path: &Path) -> Result<Mountpoint, String> {
+        Mountpoint::prepare(path, &Registry::of_user()).map_err(|error| error.message)
+    }
+
+    #[test]
+    fn missing_file_is_made_and_removed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk.raw");
+        let mountpoint = prepare(&path).expect("it can be made");
+        assert!(path.is_file() && mountpoint.is_created());
+        drop(mountpoint);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn existing_file_stays() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk.raw");
+        fs::write(&path, "").expect("writable");
+        drop(prepare(&path).expect("it is there"));
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn created_file_that_was_written_to_stays() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk.raw");
+        let mountpoint = prepare(&path).expect("it can be made");
+        fs::write(&path, "precious").expect("writable");
+        drop(mountpoint);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn directory_is_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        assert!(prepare(dir.path()).is_err_and(|m| m.ends_with("it is a directory")));
+        let absent = dir.path().join("absent/disk.raw");
+        assert!(prepare(&absent).is_err_and(|m| m.ends_with("No such file or directory")));
+    }
+
+    #[test]
+    fn place_of_a_mount_is_refused() {
+        assert!(prepare(Path::new("/proc")).is_err_and(|m| m.contains("mounted at '/proc'")));
+    }
+}

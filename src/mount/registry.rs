@@ -1,0 +1,225 @@
+//! Which images this user's stords have mounted where. Each of them keeps a file in a directory of
+//! the user's, locked as long as it runs: who gets the lock knows that the owner is gone.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
+use serde_json::{Value, json};
+use stord_qmp::Error;
+
+use crate::report::reason;
+
+/// A mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The process that serves it.
+    pub pid: u32,
+    /// The image's absolute path.
+    pub image: PathBuf,
+    /// The mountpoint's absolute path.
+    pub mountpoint: PathBuf,
+    /// Whether the mountpoint was made for the mount and goes with it.
+    pub created: bool,
+}
+
+/// An entry of this process, there until dropped.
+#[derive(Debug)]
+pub struct Registered {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// An entry that was found.
+#[derive(Debug)]
+pub struct Found {
+    /// What it says.
+    pub entry: Entry,
+    path: PathBuf,
+}
+
+impl Found {
+    /// Whether the process that made the entry still runs.
+    pub fn is_alive(&self) -> bool {
+        let Ok(file) = File::open(&self.path) else {
+            return false;
+        };
+        matches!(
+            Flock::lock(file, FlockArg::LockSharedNonblock),
+            Err((_, Errno::EWOULDBLOCK))
+        )
+    }
+
+    /// Removes the entry of a process that is gone.
+    pub fn remove(&self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// A directory of entries.
+#[derive(Clone, Debug)]
+pub struct Registry(PathBuf);
+
+impl Registry {
+    /// The registry of the user who runs this process.
+    pub fn of_user() -> Self {
+        let user = geteuid();
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty());
+        Self(if user.is_root() {
+            PathBuf::from("/run/stord")
+        } else if let Some(runtime) = runtime {
+            Path::new(&runtime).join("stord")
+        } else {
+            std::env::temp_dir().join(format!("stord-{user}"))
+        })
+    }
+
+    /// Makes an entry of this process.
+    ///
+    /// # Errors
+    /// The directory cannot be made, written or trusted.
+    pub fn register(&self, entry: &Entry) -> Result<Registered, Error> {
+        self.try_register(entry).map_err(|error| {
+            let reason = reason(&error);
+            Error::generic(format!(
+                "cannot note the mount in '{}': {reason}",
+                self.0.display()
+            ))
+            .with_source(error)
+        })
+    }
+
+    fn try_register(&self, entry: &Entry) -> io::Result<Registered> {
+        self.make_directory()?;
+        let path = self.0.join(format!("{}.json", entry.pid));
+        let unfinished = self.0.join(format!("{}.new", entry.pid));
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&unfinished)?;
+        let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, errno)| io::Error::from(errno))?;
+        lock.write_all(encode(entry).to_string().as_bytes())?;
+        // Complete and locked before anybody sees it.
+        fs::rename(&unfinished, &path)?;
+        Ok(Registered { path, _lock: lock })
+    }
+
+    /// Makes the directory, or checks that nobody else could have made it for us.
+    fn make_directory(&self) -> io::Result<()> {
+        match DirBuilder::new().mode(0o700).create(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            result => return result,
+        }
+        let found = fs::symlink_metadata(&self.0)?;
+        if found.is_dir() && found.uid() == geteuid().as_raw() {
+            return Ok(());
+        }
+        Err(io::Error::other("it belongs to another user"))
+    }
+
+    /// Every entry that can be read.
+    pub fn list(&self) -> Vec<Found> {
+        let Ok(directory) = fs::read_dir(&self.0) else {
+            return Vec::new();
+        };
+        let paths = directory.filter_map(|item| Some(item.ok()?.path()));
+        paths
+            .filter(|path| path.extension().is_some_and(|ending| ending == "json"))
+            .filter_map(|path| {
+                let text = fs::read_to_string(&path).ok()?;
+                let entry = decode(&serde_json::from_str(&text).ok()?)?;
+                Some(Found { entry, path })
+            })
+            .collect()
+    }
+
+    /// The entries with that mountpoint, or else those with that image.
+    pub fn find(&self, path: &Path) -> Vec<Found> {
+        let (at, others): (Vec<_>, Vec<_>) = self
+            .list()
+            .into_iter()
+            .partition(|found| found.entry.mountpoint == path);
+        if !at.is_empty() {
+            return at;
+        }
+        let has_image = |found: &Found| found.entry.image == path;
+        others.into_iter().filter(has_image).collect()
+    }
+}
+
+fn encode(entry: &Entry) -> Value {
+    json!({
+        "pid": entry.pid,
+        "image": entry.image.to_str(),
+        "mountpoint": entry.mountpoint.to_str(),
+        "created": entry.created,
+    })
+}
+
+fn decode(value: &Value) -> Option<Entry> {
+    let path = |key: &str| Some(PathBuf::from(value.get(key)?.as_str()?));
+    Some(Entry {
+        pid: u32::try_from(value.get("pid")?.as_u64()?).ok()?,
+        image: path("image")?,
+        mountpoint: path("mountpoint")?,
+        created: value.get("created")?.as_bool()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> Entry {
+        Entry {
+            pid: std::process::id(),
+            image: "/images/a b".into(),
+            mountpoint: "/mnt/a".into(),
+            created: true,
+        }
+    }
+
+    #[test]
+    fn entry_is_alive_until_dropped() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let registry = Registry(dir.path().join("stord"));
+        assert!(registry.list().is_empty());
+        let registered = registry.register(&entry()).expect("a directory of ours");
+        for target in ["/mnt/a", "/images/a b"] {
+            let found = registry.find(Path::new(target));
+            assert_eq!(found.len(), 1);
+            assert_eq!(found[0].entry, entry());
+            assert!(found[0].is_alive());
+        }
+        assert!(registry.find(Path::new("/mnt")).is_empty());
+        drop(registered);
+        assert!(registry.list().is_empty());
+    }
+
+    #[test]
+    fn entry_of_a_dead_process_is_told_and_removed() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let registry = Registry(dir.path().to_path_buf());
+        let path = dir.path().join("1.json");
+        fs::write(&path, encode(&entry()).to_string()).expect("writable");
+        fs::write(dir.path().join("2.json"), "{}").expect("writable");
+        let found = registry.list();
+        assert_eq!(found.len(), 1);
+        assert!(!found[0].is_alive());
+        found[0].remove();
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,84 @@
+//! The command line for people: `stord mount`, `stord umount`.
+
+use std::ffi::{OsStr, OsString};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::daemonize::{self, Half};
+use crate::mount::{self, MountArgs};
+use crate::report::Origin;
+use crate::umount::{self, UmountArgs};
+
+/// Serve disk images to this machine.
+///
+/// With options instead of a command, stord is a daemon with the command line of
+/// qemu-storage-daemon: see stord --help.
+#[derive(Debug, Parser)]
+#[command(name = "stord", version, disable_help_subcommand = true)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Mount(MountArgs),
+    Umount(UmountArgs),
+}
+
+/// Whether the arguments, the program's name not among them, are for us and not for the daemon.
+pub fn is_meant(args: &[OsString]) -> bool {
+    args.first()
+        .is_some_and(|first| !first.is_empty() && !first.as_encoded_bytes().starts_with(b"-"))
+}
+
+/// Does what the arguments say, and returns the exit status.
+pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
+    let words = std::iter::once(OsStr::new("stord")).chain(args.iter().map(OsString::as_os_str));
+    let command = match CommandLine::try_parse_from(words) {
+        Ok(command_line) => command_line.command,
+        Err(error) => {
+            // Nobody can be told that the stream is closed.
+            let _ = error.print();
+            return if error.use_stderr() {
+                ExitCode::FAILURE
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    match command {
+        Command::Umount(args) => umount::run(&args),
+        Command::Mount(mount_args) if mount_args.foreground => mount::run(mount_args, None),
+        Command::Mount(mount_args) => match daemonize::detach(argv0, args) {
+            Ok(Half::Starter(status)) => status,
+            Ok(Half::Daemon(background)) => mount::run(mount_args, Some(background)),
+            Err(error) => {
+                Origin::none().error(&error);
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        use clap::CommandFactory;
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn words_are_commands_and_options_are_not() {
+        let args = |word: &str| [OsString::from(word)];
+        assert!(is_meant(&args("mount")));
+        assert!(!is_meant(&args("--blockdev")));
+        assert!(!is_meant(&args("-h")));
+        assert!(!is_meant(&args("")));
+        assert!(!is_meant(&[]));
+    }
+}
