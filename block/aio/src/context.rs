@@ -30,7 +30,7 @@ use tokio::sync::oneshot;
 
 use crate::engine::{Engine, Wait};
 use crate::executor::{self, Local};
-use crate::polling::PollParams;
+use crate::polling::{self, PollParams, Spinner};
 use crate::remote::{self, Mailbox, Message};
 use crate::task::ExecutorId;
 
@@ -298,13 +298,14 @@ pub fn current_index() -> usize {
 
 /// Adds a callback that this context calls while it polls before sleeping. It looks for work
 /// without a system call, and returns true when it found some and has woken the task concerned.
+/// Dropping what this gives takes it away again.
 ///
 /// # Panics
 ///
 /// Outside a context or simulation.
 #[track_caller]
-pub fn add_spinner(spinner: Box<dyn FnMut() -> bool>) {
-    executor::with(|local| local.spinners.borrow_mut().push(spinner));
+pub fn add_spinner(spinner: Box<dyn FnMut() -> bool>) -> Spinner {
+    executor::with(|local| local.spinners.borrow_mut().insert(spinner))
 }
 
 fn thread_main(handle: Context, engine: Engine, poll: PollParams) {
@@ -365,17 +366,17 @@ fn receive(local: &Local, mailbox: &Mailbox, messages: &mut Vec<Message>) {
                 start();
             }
             Message::Complete { slot, result } => local.complete(slot, result),
-            Message::Stop => stop_polls(local),
+            Message::Stop => stop_waits(local),
         }
     }
 }
 
-fn stop_polls(local: &Local) {
+fn stop_waits(local: &Local) {
     if local.stopping.replace(true) {
         return;
     }
-    let polls = local.slots.borrow_mut().polls();
-    for slot in polls {
+    let waits = local.slots.borrow_mut().waits();
+    for slot in waits {
         local.engine.cancel(local, slot);
     }
 }
@@ -383,7 +384,7 @@ fn stop_polls(local: &Local) {
 fn is_drained(local: &Local) -> bool {
     local.tasks.borrow().len() == 0
         && local.ready.borrow().is_empty()
-        && local.slots.borrow().len() == local.engine.own_operations()
+        && local.slots.borrow().in_flight() == local.engine.own_operations()
 }
 
 /// Ends the engine and closes the mailbox. False when work came in meanwhile.
@@ -391,7 +392,6 @@ fn finish(local: &Local, mailbox: &Mailbox) -> bool {
     if mailbox.is_filled() {
         return false;
     }
-    local.spinners.take();
     local.engine.shut_down(local);
     if mailbox.close_if_empty() {
         return true;
@@ -417,7 +417,7 @@ fn wait_for_work(local: &Local, mailbox: &Mailbox, next_timer: Option<Duration>)
     let limit = next_timer.map_or(limit, |timer| limit.min(timer));
     let mut found = false;
     while !found && start.elapsed() < limit {
-        found = local.engine.has_events() || mailbox.is_filled() || local.spin();
+        found = local.engine.has_events() || mailbox.is_filled() || polling::spin(&local.spinners);
         std::hint::spin_loop();
     }
     if found {

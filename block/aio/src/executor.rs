@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Engine;
 use crate::op::Slots;
-use crate::polling::Polling;
+use crate::polling::{Polling, Spinners};
 use crate::remote::{self, Message};
 use crate::task::{self, ExecutorId, TaskFuture, TaskKey, Tasks};
 use crate::timers::Timers;
@@ -32,14 +32,15 @@ pub(crate) struct Local {
     pub(crate) tasks: RefCell<Tasks>,
     pub(crate) ready: RefCell<VecDeque<TaskKey>>,
     pub(crate) timers: RefCell<Timers>,
-    pub(crate) slots: RefCell<Slots>,
+    // Before the slots, so that it ends first.
     pub(crate) engine: Engine,
+    pub(crate) slots: RefCell<Slots>,
     /// Waits for descriptors end with ECANCELED, because the context is to end.
     pub(crate) stopping: Cell<bool>,
     pub(crate) polling: RefCell<Polling>,
     /// How many bytes the running task may still transfer at once before others have their turn.
     budget: Cell<u64>,
-    pub(crate) spinners: RefCell<Vec<Box<dyn FnMut() -> bool>>>,
+    pub(crate) spinners: RefCell<Spinners>,
     /// The virtual clock of a simulation.
     pub(crate) clock: Option<VirtualClock>,
 }
@@ -250,19 +251,6 @@ impl Local {
         }
         let next = self.timers.borrow().next()?;
         Some(next - now)
-    }
-
-    /// Runs the spin callbacks. True when one of them found work.
-    pub(crate) fn spin(&self) -> bool {
-        // Taken out, so that a callback may add another.
-        let mut spinners = self.spinners.take();
-        let mut found = false;
-        for spinner in &mut spinners {
-            found |= spinner();
-        }
-        let added = self.spinners.replace(spinners);
-        self.spinners.borrow_mut().extend(added);
-        found
     }
 }
 

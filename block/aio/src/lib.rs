@@ -39,5 +39,5 @@ pub use iovec::IoVec;
 pub use join::join_all;
 pub use nix::errno::Errno;
 pub use polled::PolledFd;
-pub use polling::PollParams;
+pub use polling::{PollParams, Spinner};
 pub use uring_cmd::{UringCmd, uring_cmd};

@@ -32,22 +32,44 @@ use crate::executor::{self, Local};
 use crate::file::inline::OpenFile;
 use crate::iovec::IoVec;
 
-/// The position of descriptors that have none: the operation reads or writes a stream.
-pub(crate) const STREAM: u64 = u64::MAX;
-
 /// What an operation does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Action {
-    /// Reads into the buffers from a position in bytes, or from a [`STREAM`].
+    /// Reads into the buffers from a position in bytes.
     Read { offset: u64 },
-    /// Writes the buffers to a position in bytes, or to a [`STREAM`].
+    /// Writes the buffers to a position in bytes.
     Write { offset: u64, durable: bool },
+    /// Reads what comes next from a stream.
+    Receive(When),
+    /// Writes to a stream what it takes.
+    Send(When),
     /// Makes written data, and unless `data_only` all metadata, durable.
     Fsync { data_only: bool },
     /// Allocates or frees space, with the mode bits of fallocate(2).
     Fallocate { mode: i32, offset: u64, len: u64 },
     /// Waits until one of these poll(2) events is there.
     Poll { events: u32 },
+}
+
+/// When a stream is read or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum When {
+    /// At once; EAGAIN when it is not ready, EOPNOTSUPP when the kernel cannot tell.
+    Now,
+    /// At once, or when it is ready, depending on the kind of descriptor.
+    Unspecified,
+    /// When it is ready.
+    Ready,
+}
+
+impl Action {
+    /// Whether this waits for somebody outside, perhaps forever, and can be cancelled.
+    fn is_wait(self) -> bool {
+        matches!(
+            self,
+            Action::Poll { .. } | Action::Receive(When::Ready) | Action::Send(When::Ready)
+        )
+    }
 }
 
 /// A descriptor, and who keeps it open.
@@ -92,7 +114,7 @@ pub(crate) struct Slot {
 pub(crate) struct Resources {
     pub(crate) descriptor: Descriptor,
     pub(crate) buffers: IoVec,
-    pub(crate) is_poll: bool,
+    pub(crate) is_wait: bool,
     /// Anything else that has to stay alive.
     #[expect(dead_code, reason = "it is kept, not used")]
     pub(crate) keep: Option<Rc<dyn Any>>,
@@ -102,7 +124,7 @@ impl Resources {
     /// The resources of an ordinary operation.
     pub(crate) fn of(request: Request) -> Resources {
         Resources {
-            is_poll: matches!(request.action, Action::Poll { .. }),
+            is_wait: request.action.is_wait(),
             descriptor: request.descriptor,
             buffers: request.buffers,
             keep: None,
@@ -159,6 +181,7 @@ const _: () = assert!(BLOCK == BLOCK_U32 as usize, "the same number twice");
 pub(crate) struct Slots {
     blocks: Vec<Box<[Slot; BLOCK]>>,
     free: Vec<u32>,
+    in_flight: usize,
 }
 
 impl Slots {
@@ -168,6 +191,7 @@ impl Slots {
             self.grow();
         }
         let index = self.free.pop().expect("just grown");
+        self.in_flight += 1;
         let slot = self.at(index);
         slot.state = State::Flying(None);
         slot.resources = Some(resources);
@@ -210,18 +234,18 @@ impl Slots {
         resources
     }
 
-    /// The number of operations in flight or not looked at.
-    pub(crate) fn len(&self) -> usize {
-        self.blocks.len() * BLOCK - self.free.len()
+    /// The number of operations that have not completed.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
-    /// The waits for descriptors that are in flight.
-    pub(crate) fn polls(&mut self) -> Vec<u32> {
+    /// The operations in flight that wait for descriptors.
+    pub(crate) fn waits(&mut self) -> Vec<u32> {
         (0..)
             .zip(self.blocks.iter().flat_map(|block| block.iter()))
             .filter(|(_, slot)| {
                 matches!(slot.state, State::Flying(_) | State::Orphaned)
-                    && slot.resources.as_ref().is_some_and(|r| r.is_poll)
+                    && slot.resources.as_ref().is_some_and(|r| r.is_wait)
             })
             .map(|(index, _)| index)
             .collect()
@@ -242,6 +266,7 @@ impl Local {
     /// errno.
     pub(crate) fn complete(&self, index: u32, result: i32) {
         let mut slots = self.slots.borrow_mut();
+        slots.in_flight -= 1;
         let slot = slots.at(index);
         match std::mem::take(&mut slot.state) {
             State::Flying(waker) => {
@@ -323,12 +348,15 @@ impl Drop for Op {
                 return;
             }
             slot.state = State::Orphaned;
-            let is_poll = slot.resources.as_ref().is_some_and(|r| r.is_poll);
+            let is_wait = slot.resources.as_ref().is_some_and(|r| r.is_wait);
             drop(slots);
-            if is_poll {
+            if is_wait {
                 // It might never complete by itself.
                 local.engine.cancel(local, index);
             }
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,11 @@
 //! zero at first, grows while events arrive shortly after the loop went to sleep, and shrinks when
 //! they take longer than the maximum.
 
+use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::time::Duration;
+
+use crate::executor;
 
 /// The first polling time, in ns, when it grows from zero.
 const FIRST_NS: u64 = 4000;
@@ -66,3 +70,77 @@ impl Polling {
         }
     }
 }
+
+type Callback = Box<dyn FnMut() -> bool>;
+
+/// The callbacks that look for work while a loop spins.
+#[derive(Default)]
+pub(crate) struct Spinners {
+    callbacks: Vec<(u64, Callback)>,
+    made: u64,
+}
+
+impl Spinners {
+    pub(crate) fn insert(&mut self, callback: Callback) -> Spinner {
+        let number = self.made;
+        self.made += 1;
+        self.callbacks.push((number, callback));
+        Spinner {
+            number,
+            not_send: PhantomData,
+        }
+    }
+}
+
+/// Calls each callback once. True when one of them found work.
+pub(crate) fn spin(spinners: &RefCell<Spinners>) -> bool {
+    let mut found = false;
+    let mut at = 0;
+    loop {
+        // Taken out while it runs, so that it may add and take away others.
+        let taken = {
+            let mut all = spinners.borrow_mut();
+            if at >= all.callbacks.len() {
+                return found;
+            }
+            let nothing: Callback = Box::new(|| false);
+            let (number, callback) = &mut all.callbacks[at];
+            (*number, std::mem::replace(callback, nothing))
+        };
+        let (number, mut callback) = taken;
+        found |= callback();
+        let mut all = spinners.borrow_mut();
+        match all.callbacks.iter().position(|(n, _)| *n == number) {
+            Some(place) => {
+                all.callbacks[place].1 = callback;
+                at = place + 1;
+            }
+            // It took itself away.
+            None => drop(all),
+        }
+    }
+}
+
+/// A spin callback of a context; dropping this takes it away.
+#[derive(Debug)]
+#[must_use = "the callback is taken away when this is dropped"]
+pub struct Spinner {
+    number: u64,
+    /// Callbacks belong to the thread.
+    not_send: PhantomData<*mut ()>,
+}
+
+impl Drop for Spinner {
+    fn drop(&mut self) {
+        let gone = executor::try_with(|local| {
+            let all = &mut local.spinners.borrow_mut().callbacks;
+            let place = all.iter().position(|(n, _)| *n == self.number);
+            place.map(|place| all.remove(place))
+        });
+        // Outside of the borrow, since what the callback owns may come back here.
+        drop(gone);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use smallvec::SmallVec;
 
 use crate::iovec::IoVec;
-use crate::op::{Action, STREAM};
+use crate::op::Action;
 
 /// The most bytes copied by one call, in a round number.
 const MAX_COPY: u64 = 1 << 30;
@@ -57,6 +57,14 @@ unsafe fn perform_with(fd: RawFd, action: Action, segments: &[libc::iovec], flag
             // SAFETY: passed on to the caller.
             unsafe { transfer(fd, Direction::Write, offset, segments, flags) }
         }
+        Action::Receive(_) => {
+            // SAFETY: passed on to the caller.
+            result(unsafe { libc::readv(fd, segments.as_ptr(), length(segments)) })
+        }
+        Action::Send(_) => {
+            // SAFETY: passed on to the caller.
+            result(unsafe { libc::writev(fd, segments.as_ptr(), length(segments)) })
+        }
         // SAFETY: takes no memory.
         Action::Fsync { data_only } => result(unsafe {
             if data_only {
@@ -95,23 +103,28 @@ unsafe fn transfer(
     segments: &[libc::iovec],
     flags: i32,
 ) -> i32 {
-    let count = i32::try_from(segments.len()).unwrap_or(libc::UIO_MAXIOV);
-    let list = segments.as_ptr();
+    let Ok(offset) = i64::try_from(offset) else {
+        return -(Errno::EFBIG as i32);
+    };
+    let (list, count) = (segments.as_ptr(), length(segments));
     // SAFETY: the caller keeps the segments valid; the calls use `count` of them.
     result(unsafe {
-        match (direction, i64::try_from(offset), segments) {
-            (Direction::Read, Ok(offset), [one]) if flags == 0 => {
+        match (direction, segments) {
+            (Direction::Read, [one]) if flags == 0 => {
                 libc::pread64(fd, one.iov_base, one.iov_len, offset)
             }
-            (Direction::Write, Ok(offset), [one]) if flags == 0 => {
+            (Direction::Write, [one]) if flags == 0 => {
                 libc::pwrite64(fd, one.iov_base, one.iov_len, offset)
             }
-            (Direction::Read, Ok(offset), _) => libc::preadv2(fd, list, count, offset, flags),
-            (Direction::Write, Ok(offset), _) => libc::pwritev2(fd, list, count, offset, flags),
-            (Direction::Read, Err(_), _) => libc::readv(fd, list, count),
-            (Direction::Write, Err(_), _) => libc::writev(fd, list, count),
+            (Direction::Read, _) => libc::preadv2(fd, list, count, offset, flags),
+            (Direction::Write, _) => libc::pwritev2(fd, list, count, offset, flags),
         }
     })
+}
+
+/// The kernel takes no more than IOV_MAX segments anyway.
+fn length(segments: &[libc::iovec]) -> i32 {
+    i32::try_from(segments.len()).unwrap_or(i32::MAX)
 }
 
 /// As [`perform`], on the caller's buffers.
@@ -209,5 +222,3 @@ fn result(n: isize) -> i32 {
     // The kernel moves less than 2^31 bytes in one call.
     i32::try_from(n).unwrap_or(i32::MAX)
 }
-
-const _: () = assert!(STREAM > i64::MAX as u64, "a stream is told by its offset");

@@ -50,7 +50,7 @@ pub unsafe fn uring_cmd(
         let resources = Resources {
             descriptor: Descriptor::Local(Rc::clone(fd)),
             buffers: IoVec::new(),
-            is_poll: false,
+            is_wait: false,
             keep: Some(keep),
         };
         Some(UringCmd(Op::new(

@@ -9,7 +9,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 
 use crate::executor::Local;
-use crate::op::{Action, Request, Resources};
+use crate::op::{Action, Request, Resources, When};
 use crate::pool;
 use crate::remote::{self, Message};
 use crate::syscall::{self, Segments};
@@ -71,9 +71,20 @@ pub(crate) fn perform_in_slot(local: &Local, slot: u32, action: Action) -> i32 {
     }
 }
 
+/// The poll(2) events that an operation waits for before it does anything.
+pub(crate) fn events(action: Action) -> Option<u32> {
+    let events = match action {
+        Action::Poll { events } => return Some(events),
+        Action::Receive(When::Ready) => libc::POLLIN,
+        Action::Send(When::Ready) => libc::POLLOUT,
+        _ => return None,
+    };
+    Some(u32::from(events.cast_unsigned()))
+}
+
 /// Whether an operation would be carried out without waiting for another process.
 pub(crate) fn is_ready(local: &Local, slot: u32, action: Action) -> bool {
-    let Action::Poll { events } = action else {
+    let Some(events) = events(action) else {
         return true;
     };
     match &local.slots.borrow_mut().at(slot).resources {

@@ -18,7 +18,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use super::{Wait, blocking};
 use crate::executor::Local;
-use crate::op::{Action, Request, Resources, STREAM};
+use crate::op::{Action, Request, Resources};
 use crate::remote;
 use crate::task::ExecutorId;
 
@@ -29,14 +29,22 @@ const EVENTS: usize = 64;
 pub(crate) struct Fallback {
     epoll: Epoll,
     waiting: RefCell<BTreeMap<RawFd, Vec<Waiter>>>,
-    /// Completions to be handed out in the next turn.
-    done: RefCell<VecDeque<(u32, i32)>>,
+    /// Waits that have ended, to be completed in the next turn.
+    done: RefCell<VecDeque<(u32, Outcome)>>,
     context: ExecutorId,
 }
 
 struct Waiter {
     slot: u32,
     events: u32,
+    action: Action,
+}
+
+/// How a wait ended.
+enum Outcome {
+    /// These events are there, and this was to be done when they are.
+    Ready(u32, Action),
+    Failed(Errno),
 }
 
 impl Fallback {
@@ -56,36 +64,38 @@ impl Fallback {
     }
 
     pub(crate) fn submit(&self, local: &Local, request: Request) -> u32 {
+        if let Some(events) = blocking::events(request.action) {
+            return self.wait_for(local, request, events);
+        }
         match request.action {
-            Action::Read { offset: STREAM } | Action::Write { offset: STREAM, .. } => {
-                blocking::submit_inline(local, request)
-            }
-            Action::Read { .. }
-            | Action::Write { .. }
-            | Action::Fsync { .. }
-            | Action::Fallocate { .. } => blocking::submit_to_pool(local, request),
-            Action::Poll { events } => self.wait_for(local, request, events),
+            Action::Receive(_) | Action::Send(_) => blocking::submit_inline(local, request),
+            _ => blocking::submit_to_pool(local, request),
         }
     }
 
     fn wait_for(&self, local: &Local, request: Request, events: u32) -> u32 {
         let fd = request.descriptor.as_raw_fd();
+        let action = request.action;
         let (slot, _) = local.slots.borrow_mut().insert(Resources::of(request));
         let mut waiting = self.waiting.borrow_mut();
         let waiters = waiting.entry(fd).or_default();
         let is_new = waiters.is_empty();
-        waiters.push(Waiter { slot, events });
+        waiters.push(Waiter {
+            slot,
+            events,
+            action,
+        });
         if let Err(errno) = self.register(fd, waiters, is_new) {
             waiters.pop();
             if waiters.is_empty() {
                 waiting.remove(&fd);
             }
-            let result = match errno {
+            let outcome = match errno {
                 // A regular file, which is always ready.
-                Errno::EPERM => i32::try_from(events).unwrap_or(i32::MAX),
-                errno => -(errno as i32),
+                Errno::EPERM => Outcome::Ready(events, action),
+                errno => Outcome::Failed(errno),
             };
-            self.done.borrow_mut().push_back((slot, result));
+            self.done.borrow_mut().push_back((slot, outcome));
         }
         slot
     }
@@ -124,7 +134,7 @@ impl Fallback {
         }
         self.done
             .borrow_mut()
-            .push_back((slot, -(Errno::ECANCELED as i32)));
+            .push_back((slot, Outcome::Failed(Errno::ECANCELED)));
     }
 
     pub(crate) fn turn(&self, local: &Local, wait: Wait) {
@@ -148,10 +158,15 @@ impl Fallback {
         }
         loop {
             let done = self.done.borrow_mut().pop_front();
-            match done {
-                Some((slot, result)) => local.complete(slot, result),
-                None => return,
-            }
+            let Some((slot, outcome)) = done else { return };
+            let result = match outcome {
+                Outcome::Ready(events, Action::Poll { .. }) => {
+                    i32::try_from(events).unwrap_or(i32::MAX)
+                }
+                Outcome::Ready(_, action) => blocking::perform_in_slot(local, slot, action),
+                Outcome::Failed(errno) => -(errno as i32),
+            };
+            local.complete(slot, result);
         }
     }
 
@@ -168,7 +183,7 @@ impl Fallback {
         waiters.retain(|waiter| {
             let seen = events & (waiter.events | always);
             if seen != 0 {
-                done.push_back((waiter.slot, i32::try_from(seen).unwrap_or(i32::MAX)));
+                done.push_back((waiter.slot, Outcome::Ready(seen, waiter.action)));
             }
             seen == 0
         });
@@ -176,7 +191,7 @@ impl Fallback {
             waiting.remove(&fd);
         } else if let Err(errno) = self.register(fd, waiters, false) {
             for waiter in waiting.remove(&fd).unwrap_or_default() {
-                done.push_back((waiter.slot, -(errno as i32)));
+                done.push_back((waiter.slot, Outcome::Failed(errno)));
             }
         }
     }

@@ -24,11 +24,10 @@ use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 
-use super::Wait;
+use super::{Wait, blocking};
 use crate::buffer::IoBuffer;
 use crate::executor::Local;
-use crate::iovec::IoVec;
-use crate::op::{Action, Descriptor, Request, Resources, STREAM, Slot};
+use crate::op::{Action, Descriptor, Request, Resources, Slot, When};
 use crate::remote;
 
 /// Submission queue entries: 32 KiB of memory for each context.
@@ -36,9 +35,15 @@ const SUBMISSIONS: u32 = 256;
 /// Completion queue entries; more completions are kept by the kernel until these are read.
 const COMPLETIONS: u32 = 1024;
 /// Marks completions that nobody waits for.
-const UNATTENDED: u64 = u64::MAX;
+const UNATTENDED: u64 = 1 << 63;
+/// Marks the wait that comes before the transfer in a slot. Only its failure has a completion, and
+/// then the transfer has none: one of the two completes the slot.
+const WAIT_OF: u64 = 1 << 62;
 /// How many completions are looked at before they are acted on.
 const HARVEST: usize = 64;
+
+/// The read that other threads wake the loop by.
+const WAKE: Action = Action::Receive(When::Unspecified);
 
 type Rings = IoUring<squeue::Entry128, cqueue::Entry>;
 
@@ -84,7 +89,7 @@ impl Ring {
         let eventfd = remote::mailbox(local.id).eventfd().as_raw_fd();
         let request = Request {
             descriptor: Descriptor::Static(eventfd),
-            action: Action::Read { offset: STREAM },
+            action: WAKE,
             buffers: IoBuffer::zeroed(size_of::<u64>()).into(),
         };
         let slot = self.submit(local, request);
@@ -102,8 +107,27 @@ impl Ring {
             let (index, slot) = slots.insert(Resources::of(request));
             (index, entry(action, slot).user_data(index.into()))
         };
-        self.push(local, &entry.into());
+        match action {
+            Action::Receive(When::Ready) | Action::Send(When::Ready) => {
+                self.push_when_ready(local, index, action, entry);
+            }
+            _ => self.push(local, &[entry.into()]),
+        }
         index
+    }
+
+    /// Queues a transfer behind a wait for its descriptor.
+    fn push_when_ready(&self, local: &Local, slot: u32, action: Action, transfer: squeue::Entry) {
+        let fd = match &local.slots.borrow_mut().at(slot).resources {
+            Some(resources) => Fd(resources.descriptor.as_raw_fd()),
+            None => unreachable!("the slot was just filled"),
+        };
+        let events = blocking::events(action).unwrap_or_default();
+        let poll = opcode::PollAdd::new(fd, events)
+            .build()
+            .user_data(WAIT_OF | u64::from(slot))
+            .flags(squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS);
+        self.push(local, &[poll.into(), transfer.into()]);
     }
 
     /// Queues a prepared entry, whose memory the resources own.
@@ -114,18 +138,20 @@ impl Ring {
         entry: squeue::Entry128,
     ) -> u32 {
         let (index, _) = local.slots.borrow_mut().insert(resources);
-        self.push(local, &entry.user_data(index.into()));
+        self.push(local, &[entry.user_data(index.into())]);
         index
     }
 
-    fn push(&self, local: &Local, entry: &squeue::Entry128) {
+    /// Queues entries that must be submitted together.
+    #[inline]
+    fn push(&self, local: &Local, entries: &[squeue::Entry128]) {
         loop {
             {
                 let mut ring = self.ring.borrow_mut();
                 let mut queue = ring.submission();
                 // SAFETY: what the entry points to is owned by its slot until it completes, or
                 // it points to nothing.
-                if unsafe { queue.push(entry) }.is_ok() {
+                if unsafe { queue.push_multiple(entries) }.is_ok() {
                     if queue.len() < self.batch {
                         return;
                     }
@@ -142,10 +168,11 @@ impl Ring {
     }
 
     pub(crate) fn cancel(&self, local: &Local, slot: u32) {
-        let entry = opcode::AsyncCancel::new(slot.into())
-            .build()
-            .user_data(UNATTENDED);
-        self.push(local, &entry.into());
+        // Whichever of the two there is. A transfer behind a wait fails when the wait does.
+        for data in [u64::from(slot), WAIT_OF | u64::from(slot)] {
+            let entry = opcode::AsyncCancel::new(data).build().user_data(UNATTENDED);
+            self.push(local, &[entry.into()]);
+        }
     }
 
     pub(crate) fn turn(&self, local: &Local, wait: Wait) {
@@ -179,7 +206,7 @@ impl Ring {
     pub(crate) fn shut_down(&self, local: &Local) {
         if let Some(slot) = self.wake_slot.take() {
             self.cancel(local, slot);
-            while local.slots.borrow().len() > 0 {
+            while local.slots.borrow().in_flight() > 0 {
                 self.turn(local, Wait::Forever);
             }
         }
@@ -215,6 +242,7 @@ impl Ring {
                 if data == UNATTENDED {
                     continue;
                 }
+                let data = data & !WAIT_OF;
                 #[expect(clippy::cast_possible_truncation, reason = "it is a slot index")]
                 let slot = data as u32;
                 if self.wake_slot.get() == Some(slot) {
@@ -230,12 +258,11 @@ impl Ring {
     }
 
     fn listen_again(&self, local: &Local, slot: u32) {
-        let action = Action::Read { offset: STREAM };
         let entry = {
             let mut slots = local.slots.borrow_mut();
-            entry(action, slots.at(slot)).user_data(slot.into())
+            entry(WAKE, slots.at(slot)).user_data(slot.into())
         };
-        self.push(local, &entry.into());
+        self.push(local, &[entry.into()]);
     }
 }
 
@@ -283,29 +310,12 @@ fn entry(action: Action, slot: &mut Slot) -> squeue::Entry {
     let resources = slot.resources.as_ref().expect("put there with the slot");
     let fd = Fd(resources.descriptor.as_raw_fd());
     match action {
-        Action::Read { offset } => match single(&resources.buffers) {
-            Some((ptr, len)) => opcode::Read::new(fd, ptr, len).offset(offset).build(),
-            None => {
-                let (list, count) = slot.describe();
-                opcode::Readv::new(fd, list, count).offset(offset).build()
-            }
-        },
+        Action::Read { offset } => read(slot, fd, offset, 0),
         Action::Write { offset, durable } => {
-            let flags = if durable { libc::RWF_DSYNC } else { 0 };
-            match single(&resources.buffers) {
-                Some((ptr, len)) => opcode::Write::new(fd, ptr, len)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build(),
-                None => {
-                    let (list, count) = slot.describe();
-                    opcode::Writev::new(fd, list, count)
-                        .offset(offset)
-                        .rw_flags(flags)
-                        .build()
-                }
-            }
+            write(slot, fd, offset, if durable { libc::RWF_DSYNC } else { 0 })
         }
+        Action::Receive(when) => read(slot, fd, STREAM, nowait(when)),
+        Action::Send(when) => write(slot, fd, STREAM, nowait(when)),
         Action::Fsync { data_only } => {
             let flags = if data_only {
                 types::FsyncFlags::DATASYNC
@@ -322,9 +332,54 @@ fn entry(action: Action, slot: &mut Slot) -> squeue::Entry {
     }
 }
 
+/// The position of a descriptor that has none.
+const STREAM: u64 = u64::MAX;
+
+fn nowait(when: When) -> i32 {
+    match when {
+        When::Now => libc::RWF_NOWAIT,
+        // Linked to a poll, or left to the kernel.
+        When::Ready | When::Unspecified => 0,
+    }
+}
+
+#[inline]
+fn read(slot: &mut Slot, fd: Fd, offset: u64, flags: i32) -> squeue::Entry {
+    match single(slot) {
+        Some((ptr, len)) => opcode::Read::new(fd, ptr, len)
+            .offset(offset)
+            .rw_flags(flags)
+            .build(),
+        None => {
+            let (list, count) = slot.describe();
+            opcode::Readv::new(fd, list, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build()
+        }
+    }
+}
+
+#[inline]
+fn write(slot: &mut Slot, fd: Fd, offset: u64, flags: i32) -> squeue::Entry {
+    match single(slot) {
+        Some((ptr, len)) => opcode::Write::new(fd, ptr, len)
+            .offset(offset)
+            .rw_flags(flags)
+            .build(),
+        None => {
+            let (list, count) = slot.describe();
+            opcode::Writev::new(fd, list, count)
+                .offset(offset)
+                .rw_flags(flags)
+                .build()
+        }
+    }
+}
+
 /// Address and length of the only buffer.
-fn single(buffers: &IoVec) -> Option<(*mut u8, u32)> {
-    match buffers.buffers() {
+fn single(slot: &Slot) -> Option<(*mut u8, u32)> {
+    match slot.resources.as_ref()?.buffers.buffers() {
         [buffer] => Some((buffer.as_ptr(), u32::try_from(buffer.len()).ok()?)),
         _ => None,
     }

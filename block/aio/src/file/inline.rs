@@ -23,6 +23,9 @@ use crate::iovec::IoVec;
 use crate::op::Action;
 use crate::syscall;
 
+/// A range in memory that is allocated or freed in some 100 us, in bytes.
+const SMALL_RANGE: u64 = 1 << 20;
+
 /// How a file's operations relate to waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Waiting {
@@ -83,7 +86,11 @@ impl OpenFile {
     /// Whether it is worth trying to do an operation at once.
     pub(crate) fn is_promising(&self, action: Action) -> bool {
         match self.waiting {
-            Waiting::Never => true,
+            // Allocating and freeing memory takes its time.
+            Waiting::Never => match action {
+                Action::Fallocate { len, .. } => len <= SMALL_RANGE,
+                _ => true,
+            },
             Waiting::Always => false,
             Waiting::Sometimes => self.luck(action).is_some_and(Luck::is_promising),
         }

@@ -1,0 +1,9 @@
+//! Tests of the I/O contexts through their public interface, each on both engines.
+
+mod buffers;
+mod context;
+mod engines;
+mod file;
+mod polled;
+mod range_lock;
+mod sim;
