@@ -16,7 +16,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Weak};
 
 use stord_aio::sync;
-use stord_qmp::schema::block::BlockdevOptions;
+use stord_qmp::schema::block::{BlockdevOptions, BlockdevRef};
 use stord_qmp::{Error, ErrorClass};
 
 pub use claims::storage_claim;
@@ -153,6 +153,39 @@ impl Graph {
     ) -> Result<Backend, Error> {
         let _change = self.change.lock().await;
         let node = self.find(node_name)?;
+        self.attach_node(node, description, claim).await
+    }
+
+    /// Attaches a new user to a node given by its name or by a definition; a node opened here closes with its last user.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach), and what is wrong with the definition.
+    pub async fn attach_ref(
+        &self,
+        reference: BlockdevRef,
+        description: &str,
+        claim: Claim,
+    ) -> Result<Backend, Error> {
+        let _change = self.change.lock().await;
+        let node = match reference {
+            BlockdevRef::Reference(name) => self.find(&name)?,
+            BlockdevRef::Definition(options) => self.open(*options).await?,
+        };
+        let attached = self
+            .attach_node(Arc::clone(&node), description, claim)
+            .await;
+        if attached.is_err() && !self.is_used(&node) {
+            self.close_unused(node).await;
+        }
+        attached
+    }
+
+    async fn attach_node(
+        &self,
+        node: Arc<Node>,
+        description: &str,
+        claim: Claim,
+    ) -> Result<Backend, Error> {
         let backend = Backend::new(description.to_owned(), Arc::clone(&node));
         self.roots.borrow_mut().push(Arc::downgrade(backend.root()));
         let _drained = self.drain(std::slice::from_ref(&node)).await;

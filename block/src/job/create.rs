@@ -4,12 +4,17 @@ use std::rc::Rc;
 
 use stord_aio::pool;
 use stord_qmp::Error;
-use stord_qmp::schema::create::{BlockdevCreateDriver, BlockdevCreateOptions};
+use stord_qmp::schema::create::{
+    BlockdevCreateDriver, BlockdevCreateOptions, BlockdevCreateOptionsQcow2,
+};
 use stord_qmp::schema::job::JobType;
 
 use super::{JobControl, JobSettings, Jobs};
+use crate::backend::Backend;
+use crate::drivers::filename;
+use crate::drivers::format::qcow2;
 use crate::drivers::protocol::file;
-use crate::graph::Graph;
+use crate::graph::{Claim, Graph, Permissions};
 
 /// Starts the job that makes the image. It stays, concluded, until it is dismissed.
 ///
@@ -22,7 +27,7 @@ pub fn start(
     options: BlockdevCreateOptions,
 ) -> Result<(), Error> {
     match options.driver {
-        BlockdevCreateDriver::File(_) => {}
+        BlockdevCreateDriver::File(_) | BlockdevCreateDriver::Qcow2(_) => {}
         BlockdevCreateDriver::HostDevice
         | BlockdevCreateDriver::NullAio
         | BlockdevCreateDriver::NullCo
@@ -58,6 +63,7 @@ pub async fn make(
                 .on_main(move || pool::run(move || file::create::create(&file, &control)))
                 .await?
         }
+        BlockdevCreateDriver::Qcow2(qcow2) => make_qcow2(graph, qcow2, control).await,
         BlockdevCreateDriver::HostDevice
         | BlockdevCreateDriver::NullAio
         | BlockdevCreateDriver::NullCo
@@ -65,4 +71,54 @@ pub async fn make(
             Err(Error::generic("Driver does not support blockdev-create"))
         }
     }
+}
+
+async fn make_qcow2(
+    graph: &Graph,
+    options: BlockdevCreateOptionsQcow2,
+    control: JobControl,
+) -> Result<(), Error> {
+    const CLAIM: Claim = Claim {
+        permissions: Permissions::WRITE.union(Permissions::RESIZE),
+        shared: Permissions::all(),
+    };
+    let file = graph
+        .attach_ref(options.file.clone(), "blockdev-create", CLAIM)
+        .await?;
+    let data_file = match &options.data_file {
+        Some(reference) => match graph
+            .attach_ref(reference.clone(), "blockdev-create", CLAIM)
+            .await
+        {
+            Ok(backend) => Some(backend),
+            Err(error) => {
+                graph.detach(file).await;
+                return Err(error);
+            }
+        },
+        None => None,
+    };
+    let made = {
+        let (file, data_file) = (file.clone(), data_file.clone());
+        graph
+            .on_main(move || async move {
+                let named = data_file
+                    .as_ref()
+                    .map(|backend| (backend, name_of(backend)));
+                qcow2::create::create(&options, &file, named, &control).await
+            })
+            .await
+    };
+    for backend in std::iter::once(file).chain(data_file) {
+        graph.detach(backend).await;
+    }
+    made?
+}
+
+/// The name by which the image remembers its data file.
+fn name_of(backend: &Backend) -> String {
+    backend
+        .root()
+        .node()
+        .map_or_else(String::new, |node| filename::of_node(&node))
 }

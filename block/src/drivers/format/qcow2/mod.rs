@@ -11,6 +11,7 @@
 mod cache;
 mod compressed;
 mod corrupt;
+pub(crate) mod create;
 mod header;
 mod info;
 mod l1;
