@@ -7,11 +7,13 @@
 use std::process::ExitCode;
 use std::rc::Rc;
 
+use stord_block::job::Jobs;
 use stord_block::{Contexts, Graph};
 use stord_bridges::{ExportEvent, ExportRegistry};
 use stord_qmp::chardev_opts;
 use stord_qmp::opts::Opts;
 use stord_qmp::schema::export::BlockExportDeleted;
+use stord_qmp::schema::job::JobStatusChange;
 use stord_qmp::{Error, Event, from_keyval};
 
 use crate::chardev::{Chardevs, Setting};
@@ -30,6 +32,8 @@ pub struct Daemon {
     pub contexts: Rc<Contexts>,
     /// The block nodes.
     pub graph: Rc<Graph>,
+    /// The jobs.
+    pub jobs: Rc<Jobs>,
     /// The exports.
     pub exports: Rc<ExportRegistry>,
     /// The objects.
@@ -65,8 +69,16 @@ impl Daemon {
                 },
             )
         };
+        let jobs = {
+            let events = events.clone();
+            Jobs::new(move |id, status| {
+                let id = id.to_owned();
+                events.send(Event::new(&JobStatusChange { id, status }));
+            })
+        };
         Ok(Rc::new(Self {
             graph,
+            jobs,
             exports,
             objects: objects::Objects::new(Rc::clone(&contexts)),
             contexts,
@@ -75,13 +87,14 @@ impl Daemon {
         }))
     }
 
-    /// Removes every export and closes every node, each flushed first.
+    /// Removes every export, ends every job and closes every node, each flushed first.
     ///
     /// # Errors
     /// They did not all go within [`SHUTDOWN_LIMIT`].
     pub async fn close(&self) -> Result<(), Error> {
         let close = async {
             self.exports.close_all().await;
+            self.jobs.end().await;
             self.graph.close_all().await;
         };
         tokio::time::timeout(SHUTDOWN_LIMIT, close)

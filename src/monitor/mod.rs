@@ -3,6 +3,7 @@
 
 pub mod commands;
 pub mod events;
+mod jobs;
 mod session;
 
 use std::cell::{Cell, RefCell};
