@@ -99,6 +99,8 @@ pub(super) async fn serve(device: OwnedFd, session: Arc<Session>, index: usize) 
         closed: Cell::new(false),
     });
     queue.run().await;
+    // When the connection has ended, the queues at rest do not see it by themselves.
+    queue.session.stop();
     queue.closed.set(true);
     while queue.tasks.get() > 0 {
         queue.ended.notified().await;
