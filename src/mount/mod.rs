@@ -34,6 +34,7 @@ use crate::daemonize::Background;
 use crate::notify;
 use crate::report::{Origin, reason};
 use guess::Format;
+use mountinfo::mount_at;
 use mountpoint::Mountpoint;
 use partition::{Disk, Partition};
 use registry::{Entry, Registered, Registry};
@@ -154,6 +155,11 @@ impl Image {
             let reason = reason(&error);
             Error::generic(format!("cannot open '{shown}': {reason}")).with_source(error)
         };
+        let at = mountpoint::absolute(&args.image);
+        if mountpoint::is_dead(&at) && mount_at(&at).is_some_and(|mount| mount.is_ours()) {
+            // An image that was mounted over itself.
+            mountpoint::clean(&at, registry)?;
+        }
         let path = fs::canonicalize(&args.image).map_err(failed)?;
         let kind = fs::metadata(&path).map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
@@ -285,7 +291,7 @@ fn advise_on_opening(error: Error, image: &Image, args: &MountArgs) -> Error {
     let unwritable = ["Permission denied", "Read-only file system"]
         .iter()
         .any(|reason| error.message.ends_with(reason));
-    if unwritable && !args.read_only && error.hint.is_none() {
+    if unwritable && !args.read_only {
         let image = args.image.display();
         return error.with_hint(format!(
             "If it cannot be opened for writing, try: stord mount --read-only '{image}'"

@@ -37,6 +37,10 @@ pub struct Registered {
 impl Drop for Registered {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+        if let Some(directory) = self.path.parent() {
+            // It stays while others have entries there.
+            let _ = fs::remove_dir(directory);
+        }
     }
 }
 
@@ -100,15 +104,18 @@ impl Registry {
     }
 
     fn try_register(&self, entry: &Entry) -> io::Result<Registered> {
-        self.make_directory()?;
         let path = self.0.join(format!("{}.json", entry.pid));
         let unfinished = self.0.join(format!("{}.new", entry.pid));
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&unfinished)?;
+        let mut mode = OpenOptions::new();
+        mode.write(true).create(true).truncate(true).mode(0o600);
+        let file = loop {
+            self.make_directory()?;
+            match mode.open(&unfinished) {
+                // Another stord has removed the directory with its last entry.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => break result?,
+            }
+        };
         let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, errno)| io::Error::from(errno))?;
         lock.write_all(encode(entry).to_string().as_bytes())?;
@@ -207,6 +214,19 @@ mod tests {
         assert!(registry.find(Path::new("/mnt")).is_empty());
         drop(registered);
         assert!(registry.list().is_empty());
+    }
+
+    #[test]
+    fn directory_goes_with_the_last_entry() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let registry = Registry(dir.path().join("stord"));
+        let first = registry.register(&entry()).expect("a directory of ours");
+        let other = Entry { pid: 1, ..entry() };
+        let second = registry.register(&other).expect("a directory of ours");
+        drop(first);
+        assert!(registry.0.exists());
+        drop(second);
+        assert!(!registry.0.exists());
     }
 
     #[test]
