@@ -3,13 +3,19 @@
 use std::sync::Arc;
 
 use stord_qmp::Error;
+use stord_qmp::schema::Data;
 use stord_qmp::schema::block::BlockdevDetectZeroesOptions;
-use stord_qmp::schema::node_info::{BlockDeviceInfo, BlockIoLimits, BlockdevCacheInfo, ImageInfo};
+use stord_qmp::schema::node_info::{
+    BlockDeviceInfo, BlockIoLimits, BlockdevCacheInfo, ImageInfo, ImageInfoSpecific,
+    ImageInfoSpecificKind,
+};
 
 use super::{DetectZeroes, Graph, Node};
 use crate::driver::{BACKING, Driver, FormatInfo};
 use crate::drivers::filename;
 use crate::io;
+
+const SECTOR: u64 = 512;
 
 impl Graph {
     /// All nodes, the newest first as the reference lists them; without the backing images' own descriptions if `flat`.
@@ -34,7 +40,7 @@ impl Graph {
             ro: node.is_read_only(),
             drv: node.driver_name().to_owned(),
             backing_file: backing.as_deref().map(filename::of_node),
-            backing_file_depth: chain_depth(node),
+            backing_file_depth: if flat { 0 } else { chain_depth(node) },
             active: true,
             encrypted: false,
             detect_zeroes: match options.detect_zeroes {
@@ -93,9 +99,10 @@ impl Graph {
         Ok(ImageInfo {
             filename: filename::of_node(node),
             format: node.driver_name().to_owned(),
-            dirty_flag: info.dirty,
+            dirty_flag: Some(info.dirty.unwrap_or(false)),
             actual_size: allocated.ok().and_then(|size| i64::try_from(size).ok()),
-            virtual_size: i64::try_from(node.size()).unwrap_or(i64::MAX),
+            // The reference counts in sectors.
+            virtual_size: i64::try_from(node.size().next_multiple_of(SECTOR)).unwrap_or(i64::MAX),
             cluster_size: info.cluster_size.and_then(|size| i64::try_from(size).ok()),
             encrypted: None,
             compressed: None,
@@ -103,10 +110,16 @@ impl Graph {
             full_backing_filename,
             backing_filename_format: info.backing_format,
             snapshots: info.snapshots,
-            format_specific: info.specific,
+            format_specific: info.specific.or_else(|| specific_of_leaf(node)),
             backing_image: None,
         })
     }
+}
+
+fn specific_of_leaf(node: &Node) -> Option<ImageInfoSpecific> {
+    (node.driver_name() == "file").then(|| ImageInfoSpecific {
+        format: ImageInfoSpecificKind::File(Data::default()),
+    })
 }
 
 fn chain_depth(node: &Node) -> i64 {

@@ -237,6 +237,8 @@ impl Graph {
         let file = self
             .open_ref(file_ref.clone(), options, Place::Image, chain)
             .await?;
+        // As in the reference, a node comes after its file and before what lies behind it.
+        let position = self.nodes.borrow().len();
         let identity = identity(&file);
         if let Some(identity) = identity
             && chain.contains(identity)
@@ -298,7 +300,8 @@ impl Graph {
             read_only,
         ));
         opening.settle();
-        self.nodes.borrow_mut().push(Arc::clone(&node));
+        let position = position.min(self.nodes.borrow().len());
+        self.nodes.borrow_mut().insert(position, Arc::clone(&node));
         if let Err(error) =
             Plan::make(self, std::slice::from_ref(&node), Vec::new()).map(Plan::commit)
         {
