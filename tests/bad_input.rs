@@ -537,7 +537,11 @@ fn unknown_options_and_arguments() {
     for (args, message) in [
         (&["--bogus"][..], "unrecognized option '--bogus'"),
         (&["-x"], "invalid option -- 'x'"),
-        (&["operand"], "operand: Unexpected argument"),
+        // In the first place it would be one of our own commands.
+        (
+            &["--blockdev", "null-co,node-name=n", "operand"],
+            "operand: Unexpected argument",
+        ),
         (&["--blockdev"], "option '--blockdev' requires an argument"),
         (&["--help=foo"], "option '--help' doesn't allow an argument"),
         (
