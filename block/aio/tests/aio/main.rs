@@ -5,5 +5,7 @@ mod context;
 mod engines;
 mod file;
 mod polled;
+mod pool;
 mod range_lock;
 mod sim;
+mod uring_cmd;

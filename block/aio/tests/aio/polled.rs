@@ -166,6 +166,23 @@ fn of_two_that_wait_to_read_one_message_one_goes_on_waiting() {
 }
 
 #[test]
+fn more_operations_than_the_ring_has_room_for_all_complete() {
+    both(|which| {
+        const OPERATIONS: usize = 5000;
+        let context = which.start();
+        let results = context.block_on(|| async {
+            let null = std::fs::File::options().write(true).open("/dev/null");
+            let null = PolledFd::new(null.expect("it is there").into()).expect("it is set up");
+            let byte = IoBuffer::zeroed(1);
+            let writes = (0..OPERATIONS).map(|_| null.write(byte.clone().into()));
+            join_all(writes.collect()).await
+        });
+        assert_eq!(results, Ok(vec![Ok(1); OPERATIONS]));
+        context.stop();
+    });
+}
+
+#[test]
 fn several_may_wait_for_one_descriptor() {
     both(|which| {
         let context = which.start();
