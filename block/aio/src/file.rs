@@ -79,6 +79,7 @@ impl Fallocate {
 pub struct File {
     file: Arc<OpenFile>,
     engine: Engine,
+    batch: u32,
 }
 
 impl File {
@@ -87,7 +88,15 @@ impl File {
         File {
             file: Arc::new(OpenFile::new(fd)),
             engine,
+            batch: 0,
         }
+    }
+
+    /// The same file, whose operations are submitted as soon as `batch` of them are queued, rather
+    /// than when the context's turn ends; 0 leaves it to the context.
+    #[must_use]
+    pub fn with_batch(self, batch: u32) -> File {
+        File { batch, ..self }
     }
 
     /// Reads from `offset` in bytes until `dst` is full or the file ends. Gives the number of bytes
@@ -286,6 +295,7 @@ impl File {
             descriptor: Descriptor::Shared(Arc::clone(&self.file)),
             action,
             buffers,
+            batch: self.batch,
         };
         executor::with(|local| {
             if by_thread {

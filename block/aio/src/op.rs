@@ -99,6 +99,8 @@ pub(crate) struct Request {
     pub(crate) descriptor: Descriptor,
     pub(crate) action: Action,
     pub(crate) buffers: IoVec,
+    /// Submit as soon as so many operations are queued; 0 leaves it to the engine.
+    pub(crate) batch: u32,
 }
 
 /// One operation's place.

@@ -169,6 +169,7 @@ impl PolledFd {
             descriptor: Descriptor::Local(Rc::clone(&self.fd)),
             action,
             buffers,
+            batch: 0,
         };
         executor::with(|local| local.submit(request))
     }

@@ -91,6 +91,7 @@ impl Ring {
             descriptor: Descriptor::Static(eventfd),
             action: WAKE,
             buffers: IoBuffer::zeroed(size_of::<u64>()).into(),
+            batch: 0,
         };
         let slot = self.submit(local, request);
         // Nobody waits for it, and it completes for good when it is cancelled.
@@ -102,6 +103,10 @@ impl Ring {
     #[inline]
     pub(crate) fn submit(&self, local: &Local, request: Request) -> u32 {
         let action = request.action;
+        let batch = match request.batch {
+            0 => self.batch,
+            batch => self.batch.min(batch as usize),
+        };
         let (index, entry) = {
             let mut slots = local.slots.borrow_mut();
             let (index, slot) = slots.insert(Resources::of(request));
@@ -111,7 +116,7 @@ impl Ring {
             Action::Receive(When::Ready) | Action::Send(When::Ready) => {
                 self.push_when_ready(local, index, action, entry);
             }
-            _ => self.push(local, &[entry.into()]),
+            _ => self.push(local, &[entry.into()], batch),
         }
         index
     }
@@ -127,7 +132,7 @@ impl Ring {
             .build()
             .user_data(WAIT_OF | u64::from(slot))
             .flags(squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS);
-        self.push(local, &[poll.into(), transfer.into()]);
+        self.push(local, &[poll.into(), transfer.into()], self.batch);
     }
 
     /// Queues a prepared entry, whose memory the resources own.
@@ -138,13 +143,13 @@ impl Ring {
         entry: squeue::Entry128,
     ) -> u32 {
         let (index, _) = local.slots.borrow_mut().insert(resources);
-        self.push(local, &[entry.user_data(index.into())]);
+        self.push(local, &[entry.user_data(index.into())], self.batch);
         index
     }
 
-    /// Queues entries that must be submitted together.
+    /// Queues entries that must be submitted together; submits when `batch` are queued.
     #[inline]
-    fn push(&self, local: &Local, entries: &[squeue::Entry128]) {
+    fn push(&self, local: &Local, entries: &[squeue::Entry128], batch: usize) {
         loop {
             {
                 let mut ring = self.ring.borrow_mut();
@@ -152,7 +157,7 @@ impl Ring {
                 // SAFETY: what the entry points to is owned by its slot until it completes, or
                 // it points to nothing.
                 if unsafe { queue.push_multiple(entries) }.is_ok() {
-                    if queue.len() < self.batch {
+                    if queue.len() < batch {
                         return;
                     }
                     drop(queue);
@@ -171,7 +176,7 @@ impl Ring {
         // Whichever of the two there is. A transfer behind a wait fails when the wait does.
         for data in [u64::from(slot), WAIT_OF | u64::from(slot)] {
             let entry = opcode::AsyncCancel::new(data).build().user_data(UNATTENDED);
-            self.push(local, &[entry.into()]);
+            self.push(local, &[entry.into()], self.batch);
         }
     }
 
@@ -262,7 +267,7 @@ impl Ring {
             let mut slots = local.slots.borrow_mut();
             entry(WAKE, slots.at(slot)).user_data(slot.into())
         };
-        self.push(local, &[entry.into()]);
+        self.push(local, &[entry.into()], self.batch);
     }
 }
 

@@ -70,6 +70,7 @@ fn read_of(fd: OwnedFd, buffers: IoVec) -> Request {
         descriptor: Descriptor::Local(Rc::new(fd)),
         action: Action::Receive(When::Unspecified),
         buffers,
+        batch: 0,
     }
 }
 

@@ -51,6 +51,7 @@ pub struct FileDriver {
 /// How the file may be opened.
 struct Access {
     engine: stord_aio::Engine,
+    batch: u32,
     direct: bool,
     /// Opens for writing when the first writer comes, and for reading only when the last has gone.
     dynamic: bool,
@@ -345,6 +346,6 @@ impl FileDriver {
     fn open_again(&self, writable: bool) -> Result<File, Error> {
         let fd: OwnedFd = open::reopen(self.file().fd().as_fd(), writable, self.access.direct)
             .map_err(|errno| Error::os(format!("Could not open '{}'", self.filename), errno))?;
-        Ok(File::new(fd, self.access.engine))
+        Ok(File::new(fd, self.access.engine).with_batch(self.access.batch))
     }
 }

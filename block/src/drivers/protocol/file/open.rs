@@ -90,11 +90,13 @@ fn open_here(
         Some(BlockdevAioOptions::Threads) => Engine::Threads,
         Some(BlockdevAioOptions::Native | BlockdevAioOptions::IoUring) => Engine::Uring,
     };
+    let batch = batch(options.aio_max_batch)?;
     Ok(FileDriver {
         filename: filename.clone(),
-        file: ArcSwap::from_pointee(File::new(fd, engine)),
+        file: ArcSwap::from_pointee(File::new(fd, engine).with_batch(batch)),
         access: Access {
             engine,
+            batch,
             direct: node.direct,
             dynamic,
             writable: AtomicBool::new(writable),
@@ -110,6 +112,12 @@ fn open_here(
         no_zero_range: AtomicBool::new(false),
         no_punch_hole: AtomicBool::new(false),
         flush_failed: AtomicBool::new(false),
+    })
+}
+
+fn batch(wanted: Option<i64>) -> Result<u32, Error> {
+    u32::try_from(wanted.unwrap_or(0)).map_err(|_| {
+        Error::generic("Parameter 'aio-max-batch' expects a number between 0 and 4294967295")
     })
 }
 
