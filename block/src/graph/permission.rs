@@ -7,7 +7,7 @@ use bitflags::bitflags;
 
 bitflags! {
     /// A set of permissions; the bit numbers are those of the lock bytes in image files.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Permissions: u8 {
         /// Reads see a consistent state.
         const CONSISTENT_READ = 1;

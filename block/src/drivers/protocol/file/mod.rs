@@ -4,6 +4,8 @@
 //!   that a mount over the name, or another file under it, changes nothing.
 //! - Locks (`lock`) are held for exactly the permissions that the node's users have and refuse; they belong to the first descriptor.
 //! - With `auto-read-only` the file is open for writing only while a user writes.
+//! - With `drop-cache`, what the page cache has of the file is dropped when the file gets a user again after it had none: in between
+//!   another host may have written to it, where the file system is shared and its cache is not.
 //! - After a failed flush of a cached file every later flush fails: the kernel drops the pages it could not write, so that no later
 //!   success would mean that the data is safe.
 
@@ -18,6 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::stat::fstat;
 use nix::unistd::{Whence, ftruncate, lseek};
 use stord_aio::{Errno, Fallocate, File, IoVec, pool};
@@ -36,6 +39,7 @@ pub struct FileDriver {
     /// The other descriptor that `prepare_permissions` opened, until commit or abort.
     prepared: Mutex<Option<File>>,
     locks: lock::Locks,
+    users: Users,
     limits: Limits,
     length: AtomicU64,
     is_device: bool,
@@ -52,11 +56,39 @@ pub struct FileDriver {
 struct Access {
     engine: stord_aio::Engine,
     batch: u32,
+    drop_cache: bool,
     direct: bool,
     /// Opens for writing when the first writer comes, and for reading only when the last has gone.
     dynamic: bool,
     writable: AtomicBool,
     read_only: bool,
+}
+
+/// Whether anybody uses the file, to know when another process may have changed it in between.
+#[derive(Default)]
+struct Users {
+    /// The permissions that `prepare_permissions` saw, until commit or abort.
+    prepared: Mutex<Permissions>,
+    present: AtomicBool,
+    /// The file was let go of after use.
+    left: AtomicBool,
+}
+
+impl Users {
+    fn prepare(&self, permissions: Permissions) {
+        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = permissions;
+    }
+
+    /// Takes over what was prepared; true if the file is taken up again after it was let go of.
+    fn commit(&self) -> bool {
+        let permissions = *self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let present = !permissions.is_empty();
+        let were_present = self.present.swap(present, Ordering::AcqRel);
+        if were_present && !present {
+            self.left.store(true, Ordering::Release);
+        }
+        present && !were_present && self.left.swap(false, Ordering::AcqRel)
+    }
 }
 
 impl FileDriver {
@@ -277,6 +309,7 @@ impl Protocol for FileDriver {
         shared: Permissions,
     ) -> Result<(), Error> {
         let writes = permissions.intersects(Permissions::WRITABLE | Permissions::RESIZE);
+        self.users.prepare(permissions);
         if self.access.dynamic && writes != self.access.writable.load(Ordering::Acquire) {
             let other = self.open_again(writes)?;
             *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(other);
@@ -295,6 +328,15 @@ impl Protocol for FileDriver {
             self.access.writable.fetch_xor(true, Ordering::AcqRel);
         }
         self.locks.commit();
+        if self.users.commit() && self.access.drop_cache {
+            // Only advice: where it is not taken, the cache is coherent or nobody can help it.
+            let _ = posix_fadvise(
+                self.file().fd(),
+                0,
+                0,
+                PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+            );
+        }
     }
 
     fn abort_permissions(&self) {
@@ -347,5 +389,25 @@ impl FileDriver {
         let fd: OwnedFd = open::reopen(self.file().fd().as_fd(), writable, self.access.direct)
             .map_err(|errno| Error::os(format!("Could not open '{}'", self.filename), errno))?;
         Ok(File::new(fd, self.access.engine).with_batch(self.access.batch))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_return_of_a_user_asks_for_fresh_content() {
+        let users = Users::default();
+        let mut change = |permissions| {
+            users.prepare(permissions);
+            users.commit()
+        };
+        assert!(!change(Permissions::empty()));
+        assert!(!change(Permissions::CONSISTENT_READ));
+        assert!(!change(Permissions::WRITE));
+        assert!(!change(Permissions::empty()));
+        assert!(change(Permissions::CONSISTENT_READ));
+        assert!(!change(Permissions::WRITE));
     }
 }

@@ -13,7 +13,7 @@ use stord_qmp::Error;
 use stord_qmp::schema::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
 
 use super::lock::Locks;
-use super::{Access, FileDriver, alignment, own_mounts};
+use super::{Access, FileDriver, Users, alignment, own_mounts};
 use crate::contexts::Contexts;
 use crate::graph::NodeOptions;
 
@@ -97,6 +97,7 @@ fn open_here(
         access: Access {
             engine,
             batch,
+            drop_cache: options.drop_cache.unwrap_or(true) && !node.direct,
             direct: node.direct,
             dynamic,
             writable: AtomicBool::new(writable),
@@ -104,6 +105,7 @@ fn open_here(
         },
         prepared: Mutex::new(None),
         locks,
+        users: Users::default(),
         limits,
         length: AtomicU64::new(u64::try_from(end).unwrap_or(0)),
         is_device,
