@@ -220,7 +220,7 @@ async fn node_names_are_checked() {
     let lost = json!({"driver": "raw", "node-name": "r", "file": "nobody"});
     assert_eq!(
         message(world.add(lost).await),
-        "Cannot find device='' nor node-name='nobody'"
+        "Cannot find device='nobody' nor node-name='nobody'"
     );
 }
 

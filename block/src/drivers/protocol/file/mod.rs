@@ -399,7 +399,7 @@ mod tests {
     #[test]
     fn only_the_return_of_a_user_asks_for_fresh_content() {
         let users = Users::default();
-        let mut change = |permissions| {
+        let change = |permissions| {
             users.prepare(permissions);
             users.commit()
         };
