@@ -90,3 +90,6 @@ impl Monitors {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
