@@ -173,6 +173,3 @@ impl Chardevs {
         Ok(stdio::Stdio::open(options))
     }
 }
-
-#[cfg(test)]
-mod tests;

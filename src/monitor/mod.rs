@@ -90,6 +90,3 @@ impl Monitors {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;
