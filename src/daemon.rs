@@ -24,7 +24,7 @@ use crate::monitor::events::Broadcast;
 use crate::monitor::{Monitors, Service, commands};
 use crate::pidfile::PidFile;
 use crate::report::{Origin, reason};
-use crate::{notify, objects, trace};
+use crate::{notify, objects, trace, unbuilt};
 
 /// What commands act on.
 pub struct Daemon {
@@ -213,6 +213,7 @@ impl Server {
         if let Some(background) = background {
             background.complete().map_err(failed)?;
         }
+        self.monitors.start(&self.service);
         notify::ready();
         Ok(())
     }
@@ -225,23 +226,24 @@ impl Server {
         } = step;
         match action {
             Action::Blockdev => {
-                let options = from_keyval(&value, Some("driver"))?;
+                let options = from_keyval(&value, Some("driver")).map_err(unbuilt::explain)?;
                 self.daemon.graph.blockdev_add(options).await?;
             }
             Action::Export => {
-                let options = from_keyval(&value, Some("type"))?;
+                let options = from_keyval(&value, Some("type")).map_err(unbuilt::explain)?;
                 self.daemon.exports.add(options).await?;
             }
             Action::Object => match objects::help(&value) {
                 Some(text) => return Ok(Progress::Print(text)),
                 None => {
-                    let options = from_keyval(&value, Some("qom-type"))?;
+                    let options =
+                        from_keyval(&value, Some("qom-type")).map_err(unbuilt::explain)?;
                     self.daemon.objects.add(options)?;
                 }
             },
             Action::Monitor => {
                 let options = from_keyval(&value, Some("chardev"))?;
-                self.monitors.add(options, &self.chardevs, &self.service)?;
+                self.monitors.add(options, &self.chardevs)?;
             }
             Action::Chardev => return self.add_chardev(&value, &origin, daemonize).await,
             Action::Trace => {

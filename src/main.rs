@@ -17,6 +17,7 @@ mod report;
 mod subcommand;
 mod trace;
 mod umount;
+mod unbuilt;
 
 use std::ffi::OsString;
 use std::io::Write;

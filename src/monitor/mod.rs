@@ -6,17 +6,16 @@ pub mod events;
 mod jobs;
 mod session;
 
-use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
 use stord_qmp::Error;
-use stord_qmp::schema::monitor::MonitorOptions;
+use stord_qmp::schema::monitor::{MonitorMode, MonitorOptions};
 use tokio::task::JoinHandle;
 
 pub use session::Service;
 
-use crate::chardev::Chardevs;
+use crate::chardev::{Chardev, Chardevs};
 
 /// How long clients have, when the daemon ends, to read what was already said to them.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -24,68 +23,73 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// The monitors.
 #[derive(Default)]
 pub struct Monitors {
-    running: RefCell<Vec<Monitor>>,
-    made: Cell<usize>,
+    list: Vec<Monitor>,
+    running: Vec<JoinHandle<()>>,
 }
 
 struct Monitor {
-    id: String,
-    task: JoinHandle<()>,
+    id: Option<String>,
+    chardev: Rc<Chardev>,
+    pretty: bool,
 }
 
 impl Monitors {
-    /// Starts a monitor. Needs a `LocalSet`.
+    /// Adds a monitor, which serves nobody before [`Monitors::start`].
     ///
     /// # Errors
     /// Its id or character device is taken, or there is no such device.
-    pub fn add<S: 'static>(
-        &self,
-        options: MonitorOptions,
-        chardevs: &Chardevs,
-        service: &Rc<Service<S>>,
-    ) -> Result<(), Error> {
-        let chardev = chardevs.get(&options.chardev)?;
-        if let Some(id) = &options.id
-            && self
-                .running
-                .borrow()
-                .iter()
-                .any(|monitor| monitor.id == *id)
+    pub fn add(&mut self, options: MonitorOptions, chardevs: &Chardevs) -> Result<(), Error> {
+        let MonitorOptions {
+            id,
+            mode,
+            pretty,
+            chardev,
+        } = options;
+        if mode == Some(MonitorMode::Readline) {
+            return Err(Error::generic("Only QMP is supported"));
+        }
+        let chardev = chardevs.get(&chardev)?;
+        if let Some(id) = &id
+            && self.list.iter().any(|other| other.id.as_ref() == Some(id))
         {
             return Err(Error::generic(format!("Duplicate ID '{id}' for monitor")));
         }
         chardev.claim()?;
-        let number = self.made.replace(self.made.get() + 1);
-        let id = options
-            .id
-            .unwrap_or_else(|| format!("compat_monitor{number}"));
-        let pretty = options.pretty.unwrap_or(false);
         tracing::debug!(id, chardev = chardev.id(), "monitor");
-        let service = Rc::clone(service);
-        let task = tokio::task::spawn_local(async move {
-            while !service.shutdown.is_requested() {
-                let connection = tokio::select! {
-                    connection = chardev.connect() => connection,
-                    () = service.shutdown.requested() => return,
-                };
-                session::serve(&service, connection, pretty).await;
-            }
+        self.list.push(Monitor {
+            id,
+            chardev,
+            pretty: pretty.unwrap_or(false),
         });
-        self.running.borrow_mut().push(Monitor { id, task });
         Ok(())
+    }
+
+    /// Lets the monitors serve. Not before start-up is complete, so that no client finds the daemon
+    /// half made. Needs a `LocalSet`.
+    pub fn start<S: 'static>(&mut self, service: &Rc<Service<S>>) {
+        for monitor in &self.list {
+            let (chardev, pretty) = (Rc::clone(&monitor.chardev), monitor.pretty);
+            let service = Rc::clone(service);
+            self.running.push(tokio::task::spawn_local(async move {
+                while !service.shutdown.is_requested() {
+                    let connection = tokio::select! {
+                        connection = chardev.connect() => connection,
+                        () = service.shutdown.requested() => return,
+                    };
+                    session::serve(&service, connection, pretty).await;
+                }
+            }));
+        }
     }
 
     /// Ends every monitor once its client has read its replies and events, or has not in time.
     /// The shutdown must have been requested and the events been closed.
-    pub async fn finish(&self) {
-        let monitors = self.running.take();
+    pub async fn finish(self) {
         let deadline = tokio::time::Instant::now() + FAREWELL;
-        for mut monitor in monitors {
-            if tokio::time::timeout_at(deadline, &mut monitor.task)
-                .await
-                .is_err()
-            {
-                monitor.task.abort();
+        for mut task in self.running {
+            let ended = tokio::time::timeout_at(deadline, &mut task).await;
+            if ended.is_err() {
+                task.abort();
             }
         }
     }

@@ -18,6 +18,8 @@ pub struct MonitorOptions {
 /// The protocol of a monitor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
 pub enum MonitorMode {
+    /// Commands for people, which only QEMU itself has.
+    Readline,
     /// QMP.
     Control,
 }
