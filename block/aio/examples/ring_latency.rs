@@ -12,9 +12,10 @@ use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types::Fd};
+use nix::time::{ClockId, clock_gettime};
 use stord_aio::{Context, ContextConfig, Engine, File, IoBuffer, PolledFd, join_all, yield_now};
 
 const READS: u64 = 1_000_000;
@@ -53,9 +54,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn report(what: &str, operations: u64, start: Instant) {
-    let ns = start.elapsed().as_nanos() / u128::from(operations);
-    println!("{what:<44} {ns:>6} ns");
+/// When something started, by the clock and by this thread's use of the processor.
+struct Start(Instant, Duration);
+
+fn begin() -> Start {
+    Start(Instant::now(), thread_time())
+}
+
+fn thread_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+/// Prints ns for each operation, and in brackets how many of them this thread was at work.
+fn report(what: &str, operations: u64, start: Start) {
+    let each = |time: Duration| time.as_nanos() / u128::from(operations);
+    let (time, work) = (each(start.0.elapsed()), each(thread_time() - start.1));
+    println!("{what:<40} {time:>6} ns ({work:>5})");
 }
 
 /// Scatters reads over the file.
@@ -65,7 +79,7 @@ fn offset(n: u64) -> u64 {
 
 fn pread(file: &fs::File) -> Result<(), Box<dyn std::error::Error>> {
     let mut block = vec![0; BLOCK];
-    let start = Instant::now();
+    let start = begin();
     for n in 0..READS {
         file.read_exact_at(&mut block, offset(n))?;
     }
@@ -76,7 +90,7 @@ fn pread(file: &fs::File) -> Result<(), Box<dyn std::error::Error>> {
 fn bare_ring(file: &fs::File, depth: u64) -> Result<(), Box<dyn std::error::Error>> {
     let mut ring = new_ring()?;
     let mut blocks = vec![vec![0u8; BLOCK]; usize::try_from(depth)?];
-    let start = Instant::now();
+    let start = begin();
     for n in (0..READS).step_by(usize::try_from(depth)?) {
         for (i, block) in (0..).zip(&mut blocks) {
             let entry = opcode::Read::new(Fd(file.as_raw_fd()), block.as_mut_ptr(), 4096)
@@ -101,7 +115,7 @@ fn null() -> std::io::Result<fs::File> {
 fn bare_null(depth: u64) -> Result<(), Box<dyn std::error::Error>> {
     let null = null()?;
     let mut ring = new_ring()?;
-    let start = Instant::now();
+    let start = begin();
     for _ in (0..READS).step_by(usize::try_from(depth)?) {
         for _ in 0..depth {
             let entry = opcode::Write::new(Fd(null.as_raw_fd()), NOTHING.as_ptr(), 1).build();
@@ -143,14 +157,14 @@ fn through_context(file: File, force_fallback: bool) -> Result<(), Box<dyn std::
         "fallback"
     };
     context.block_on(move || async move {
-        let start = Instant::now();
+        let start = begin();
         for _ in 0..READS {
             yield_now().await;
         }
         report(&format!("{engine}: yield"), READS, start);
 
         let done = Rc::new(std::cell::Cell::new(0));
-        let start = Instant::now();
+        let start = begin();
         for _ in 0..READS {
             let done = Rc::clone(&done);
             stord_aio::spawn_local(async move { done.set(done.get() + 1) });
@@ -159,7 +173,7 @@ fn through_context(file: File, force_fallback: bool) -> Result<(), Box<dyn std::
         assert_eq!(done.get(), READS);
 
         for depth in [1, 32] {
-            let start = Instant::now();
+            let start = begin();
             let workers = (0..depth).map(|worker| {
                 let file = file.clone();
                 let buffer = IoBuffer::zeroed(BLOCK);
@@ -177,9 +191,29 @@ fn through_context(file: File, force_fallback: bool) -> Result<(), Box<dyn std::
                 start,
             );
 
+            const WRITES: u64 = READS / 10;
+            let start = begin();
+            let workers = (0..depth).map(|worker| {
+                let file = file.clone();
+                let buffer = IoBuffer::copy_of(&[7; BLOCK]);
+                async move {
+                    for n in 0..WRITES / depth {
+                        let at = offset(n * depth + worker);
+                        let written = file.write(at, buffer.clone().into(), false).await;
+                        assert_eq!(written, Ok(()));
+                    }
+                }
+            });
+            in_tasks(workers.collect()).await;
+            report(
+                &format!("{engine}: File::write, depth {depth}"),
+                WRITES,
+                start,
+            );
+
             let null = PolledFd::new(null().expect("/dev/null opens").into());
             let null = Rc::new(null.expect("it is set up"));
-            let start = Instant::now();
+            let start = begin();
             let workers = (0..depth).map(|_| {
                 let null = Rc::clone(&null);
                 let byte = IoBuffer::zeroed(1);

@@ -14,16 +14,18 @@
     reason = "submission queue entries carry pointers to buffers"
 )]
 
+mod enter;
+
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
-use std::time::Duration;
 
-use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::types::Fd;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 
+use self::enter::Entrance;
 use super::{Wait, blocking};
 use crate::buffer::IoBuffer;
 use crate::executor::Local;
@@ -49,6 +51,7 @@ type Rings = IoUring<squeue::Entry128, cqueue::Entry>;
 
 pub(crate) struct Ring {
     ring: RefCell<Rings>,
+    entrance: Entrance,
     /// The slot of the read of the eventfd.
     wake_slot: Cell<Option<u32>>,
     /// So many entries are submitted at once, without waiting for the end of the turn.
@@ -71,9 +74,11 @@ impl Ring {
         if !complete {
             return Err(Errno::ENOSYS.into());
         }
+        let entrance = Entrance::new(ring.as_raw_fd());
         // Some sandboxes allow the set-up and refuse the rest.
-        ring.submit()?;
+        entrance.enter(0, Wait::No, false)?;
         Ok(Ring {
+            entrance,
             ring: RefCell::new(ring),
             wake_slot: Cell::new(None),
             batch: if batch == 0 {
@@ -218,22 +223,16 @@ impl Ring {
     }
 
     fn enter(&self, wait: Wait) {
-        let ring = self.ring.borrow();
-        let result = match wait {
-            Wait::No => ring.submit(),
-            Wait::Forever => ring.submit_and_wait(1),
-            Wait::AtMost(time) => {
-                let time = timespec(time);
-                let args = SubmitArgs::new().timespec(&time);
-                ring.submitter().submit_with_args(1, &args)
-            }
+        let (queued, collect) = {
+            let mut ring = self.ring.borrow_mut();
+            let queue = ring.submission();
+            (queue.len(), queue.taskrun() || queue.cq_overflow())
         };
-        let Err(error) = result else { return };
-        match error.raw_os_error().map(Errno::from_raw) {
+        match self.entrance.enter(queued, wait, collect) {
             // The time is over; a signal came; the completions must be read first; the kernel is
             // short of memory for the moment. The loop comes back.
-            Some(Errno::ETIME | Errno::EINTR | Errno::EBUSY | Errno::EAGAIN) => {}
-            _ => panic!("io_uring_enter failed: {error}"),
+            Ok(()) | Err(Errno::ETIME | Errno::EINTR | Errno::EBUSY | Errno::EAGAIN) => {}
+            Err(errno) => panic!("io_uring_enter failed: {errno}"),
         }
     }
 
@@ -388,10 +387,4 @@ fn single(slot: &Slot) -> Option<(*mut u8, u32)> {
         [buffer] => Some((buffer.as_ptr(), u32::try_from(buffer.len()).ok()?)),
         _ => None,
     }
-}
-
-fn timespec(time: Duration) -> Timespec {
-    Timespec::new()
-        .sec(time.as_secs())
-        .nsec(time.subsec_nanos())
 }
