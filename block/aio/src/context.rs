@@ -417,12 +417,15 @@ fn wait_for_work(local: &Local, mailbox: &Mailbox, next_timer: Option<Duration>)
     let limit = next_timer.map_or(limit, |timer| limit.min(timer));
     let mut found = false;
     while !found && start.elapsed() < limit {
-        found = local.engine.has_events() || mailbox.is_filled() || polling::spin(&local.spinners);
         std::hint::spin_loop();
+        if local.engine.has_events() {
+            local.engine.turn(local, Wait::No);
+        }
+        found = polling::spin(&local.spinners)
+            || mailbox.is_filled()
+            || !local.ready.borrow().is_empty();
     }
-    if found {
-        local.engine.turn(local, Wait::No);
-    } else {
+    if !found {
         sleep(local, mailbox, wait);
     }
     local.polling.borrow_mut().waited(start.elapsed());

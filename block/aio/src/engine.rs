@@ -92,7 +92,7 @@ impl Engine {
         }
     }
 
-    /// Whether a turn has something to do, found without a system call where possible.
+    /// Whether a turn may find something, told without a system call.
     pub(crate) fn has_events(&self) -> bool {
         match self {
             Engine::Ring(ring) => ring.has_events(),

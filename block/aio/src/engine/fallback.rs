@@ -197,7 +197,8 @@ impl Fallback {
     }
 
     pub(crate) fn has_events(&self) -> bool {
-        !self.done.borrow().is_empty()
+        // Only epoll knows whether what is waited for has come.
+        !self.done.borrow().is_empty() || !self.waiting.borrow().is_empty()
     }
 }
 

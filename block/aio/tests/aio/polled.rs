@@ -3,19 +3,20 @@
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::io::{Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::task::Poll;
 
 use nix::sys::eventfd::EventFd;
-use stord_aio::{Errno, IoBuffer, PolledFd, join_all, spawn_local, yield_now};
+use stord_aio::{Errno, IoBuffer, IoVec, PollParams, PolledFd, join_all, spawn_local, yield_now};
 
 use crate::engines::{self, both};
 
 fn eventfd() -> (EventFd, PolledFd) {
     let eventfd = EventFd::new().expect("eventfds are there");
-    let same = std::os::fd::AsFd::as_fd(&eventfd)
+    let same = eventfd
+        .as_fd()
         .try_clone_to_owned()
         .expect("a descriptor is free");
     (eventfd, PolledFd::new(same).expect("it can be nonblocking"))
@@ -127,6 +128,34 @@ fn a_transfer_waits_until_the_descriptor_is_ready() {
         }
         drop(peer);
         assert_eq!(engines::wait(echo), Ok(()));
+        context.stop();
+    });
+}
+
+#[test]
+fn a_polling_context_sees_descriptors_while_it_spins() {
+    both(|which| {
+        // It grows to an hour at once, and so never sleeps again once it has slept shortly.
+        let context = which.start_polling(PollParams {
+            max_ns: 3_600_000_000_000,
+            grow: 1_000_000_000,
+            shrink: 0,
+        });
+        let result = context.block_on(|| async {
+            let (writer, polled) = eventfd();
+            let counter: IoVec = IoBuffer::zeroed(8).into();
+            for _ in 0..100 {
+                let writer = writer.as_fd().try_clone_to_owned().expect("room");
+                let thread = std::thread::spawn(move || {
+                    nix::unistd::write(writer, &[1, 0, 0, 0, 0, 0, 0, 0])
+                });
+                polled.readable().await?;
+                assert_eq!(thread.join().expect("no panic"), Ok(8));
+                assert_eq!(polled.read_when_ready(counter.clone()).await, Ok(8));
+            }
+            Ok::<_, Errno>(())
+        });
+        assert_eq!(result, Ok(Ok(())));
         context.stop();
     });
 }
