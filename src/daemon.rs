@@ -21,7 +21,7 @@ use crate::cmdline::{Action, CommandLine, Step};
 use crate::daemonize::Background;
 use crate::lifecycle::{SHUTDOWN_LIMIT, Shutdown};
 use crate::monitor::events::Broadcast;
-use crate::monitor::{Monitors, Service, commands};
+use crate::monitor::{Monitors, Service, commands, nodes};
 use crate::pidfile::PidFile;
 use crate::report::{Origin, reason};
 use crate::{notify, objects, trace, unbuilt};
@@ -76,7 +76,7 @@ impl Daemon {
                 events.send(Event::new(&JobStatusChange { id, status }));
             })
         };
-        Ok(Rc::new(Self {
+        let daemon = Rc::new(Self {
             graph,
             jobs,
             exports,
@@ -84,7 +84,9 @@ impl Daemon {
             contexts,
             shutdown,
             events,
-        }))
+        });
+        nodes::report_events(&daemon)?;
+        Ok(daemon)
     }
 
     /// Removes every export, ends every job and closes every node, each flushed first.

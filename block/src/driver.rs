@@ -151,6 +151,11 @@ pub trait Protocol: Send + Sync {
     /// Forgets what `prepare_permissions` made ready.
     fn abort_permissions(&self) {}
 
+    /// What the leaf has discarded, where it counts that.
+    fn discard_counts(&self) -> Option<stord_qmp::schema::statistics::BlockStatsSpecificFile> {
+        None
+    }
+
     /// The file name that leads here, as `query-named-block-nodes` reports it.
     fn filename(&self) -> String;
 

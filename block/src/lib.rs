@@ -17,7 +17,7 @@ pub mod job;
 #[cfg(test)]
 mod testing;
 
-pub use backend::{Backend, BackendListener};
+pub use backend::{Backend, BackendListener, Total, Totals};
 pub use contexts::Contexts;
 pub use driver::{BlockStatus, ZeroFlags};
 pub use graph::{Graph, Permissions};

@@ -11,7 +11,7 @@ use stord_qmp::schema::export::{
 };
 use stord_qmp::schema::object::{ObjectDel, ObjectOptions};
 
-use super::jobs;
+use super::{jobs, nodes};
 use crate::daemon::Daemon;
 
 /// What the greeting and `query-version` report: the version of the interface, not ours, since
@@ -35,6 +35,7 @@ pub fn registry() -> Registry<Daemon> {
     add_exports(&mut registry);
     add_objects(&mut registry);
     jobs::add(&mut registry);
+    nodes::add(&mut registry);
     registry
 }
 

@@ -4,6 +4,7 @@
 pub mod commands;
 pub mod events;
 mod jobs;
+pub mod nodes;
 mod session;
 
 use std::rc::Rc;

@@ -55,7 +55,7 @@ impl Graph {
                 direct: options.direct,
                 no_flush: options.no_flush,
             },
-            write_threshold: 0,
+            write_threshold: node.threshold().get(),
             dirty_bitmaps: None,
         })
     }

@@ -6,10 +6,13 @@
 mod claims;
 mod drain;
 mod edge;
+mod event;
 mod info;
 mod node;
 mod open;
 mod permission;
+mod statistics;
+mod threshold;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -22,6 +25,7 @@ use stord_qmp::{Error, ErrorClass};
 pub use claims::storage_claim;
 pub use drain::DrainedSection;
 pub use edge::{Children, Claim, Edge};
+pub use event::BlockEvent;
 pub use node::{DetectZeroes, Node, NodeOptions};
 pub use permission::Permissions;
 
@@ -30,6 +34,7 @@ use crate::contexts::Contexts;
 use crate::driver::Driver;
 use crate::io;
 use claims::{Parent, Parents, Plan};
+use event::Events;
 
 /// The nodes and their users.
 pub struct Graph {
@@ -42,6 +47,9 @@ pub struct Graph {
     /// Children held by nodes that are still opening.
     opening: RefCell<Vec<(String, Children)>>,
     unnamed: Cell<u64>,
+    events: Events,
+    /// The other end of `events`, until somebody takes it.
+    happenings: RefCell<Option<sync::mpsc::UnboundedReceiver<BlockEvent>>>,
     /// One change at a time.
     change: sync::Mutex<()>,
 }
@@ -49,6 +57,7 @@ pub struct Graph {
 impl Graph {
     /// An empty graph.
     pub fn new(contexts: Rc<Contexts>) -> Self {
+        let (events, happenings) = Events::channel();
         Self {
             contexts,
             nodes: RefCell::default(),
@@ -56,8 +65,27 @@ impl Graph {
             roots: RefCell::default(),
             opening: RefCell::default(),
             unnamed: Cell::new(0),
+            events,
+            happenings: RefCell::new(Some(happenings)),
             change: sync::Mutex::new(()),
         }
+    }
+
+    /// What happens in the graph by itself; for one listener, once.
+    pub fn take_events(&self) -> Option<sync::mpsc::UnboundedReceiver<BlockEvent>> {
+        self.happenings.borrow_mut().take()
+    }
+
+    /// Asks for a [`BlockEvent::WriteThreshold`] when a write to the node goes past `offset`; 0 for none.
+    ///
+    /// # Errors
+    /// There is no such node.
+    pub fn set_write_threshold(&self, node_name: &str, offset: u64) -> Result<(), Error> {
+        let node = self
+            .lookup(node_name)
+            .ok_or_else(|| Error::generic(format!("Device '{node_name}' not found")))?;
+        node.threshold().set(offset);
+        Ok(())
     }
 
     /// The node of this name.

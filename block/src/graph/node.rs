@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use stord_aio::sync::{Mutex, RangeLock};
 
 use super::Children;
+use super::event::Events;
+use super::threshold::WriteThreshold;
 use crate::driver::{Driver, Limits};
 
 /// What becomes of discards and zeroes at a node.
@@ -49,6 +51,9 @@ pub struct Node {
     read_only: bool,
     /// Serialises read-modify-write with other writes, on nodes whose alignment makes it necessary.
     pub(crate) serialising: RangeLock,
+    /// The end of the highest write, in bytes.
+    highest_written: AtomicU64,
+    threshold: WriteThreshold,
     /// Counts completed writes; what a flush compares with `flushed`.
     pub(crate) written: AtomicU64,
     /// The value of `written` that the last flush covered. Its lock makes one flush serve all that wait.
@@ -78,9 +83,17 @@ impl Node {
             size: AtomicU64::new(size),
             read_only,
             serialising: RangeLock::default(),
+            highest_written: AtomicU64::new(0),
+            threshold: WriteThreshold::default(),
             written: AtomicU64::new(0),
             flushed: Mutex::new(0),
         }
+    }
+
+    /// The same node, which tells of what happens to it.
+    pub(super) fn with_events(mut self, events: Events) -> Self {
+        self.threshold = WriteThreshold::new(events);
+        self
     }
 
     /// The node name; nodes that were not named by the user have one that starts with `#block`.
@@ -120,6 +133,23 @@ impl Node {
 
     pub(crate) fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Release);
+    }
+
+    /// The end of the highest write since the node opened, in bytes.
+    pub(super) fn highest_written(&self) -> u64 {
+        self.highest_written.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn threshold(&self) -> &WriteThreshold {
+        &self.threshold
+    }
+
+    /// Notes that a write is done that reached as far as `end`.
+    pub(crate) fn note_write(&self, end: u64) {
+        self.threshold.check(&self.name, end);
+        if self.highest_written.load(Ordering::Relaxed) < end {
+            self.highest_written.fetch_max(end, Ordering::Relaxed);
+        }
     }
 
     /// Notes that a write reached this far.

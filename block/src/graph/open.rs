@@ -177,14 +177,17 @@ impl Graph {
         options: NodeOptions,
         read_only: bool,
     ) -> Arc<Node> {
-        let node = Arc::new(Node::new(
-            name,
-            driver_name,
-            driver,
-            Children::new(&[]),
-            options,
-            read_only,
-        ));
+        let node = Arc::new(
+            Node::new(
+                name,
+                driver_name,
+                driver,
+                Children::new(&[]),
+                options,
+                read_only,
+            )
+            .with_events(self.events.clone()),
+        );
         self.nodes.borrow_mut().push(Arc::clone(&node));
         node
     }
@@ -291,14 +294,17 @@ impl Graph {
             }
         };
         let read_only = node_options.read_only;
-        let node = Arc::new(Node::new(
-            name.to_owned(),
-            options.driver.name(),
-            driver,
-            opening.children.clone(),
-            node_options,
-            read_only,
-        ));
+        let node = Arc::new(
+            Node::new(
+                name.to_owned(),
+                options.driver.name(),
+                driver,
+                opening.children.clone(),
+                node_options,
+                read_only,
+            )
+            .with_events(self.events.clone()),
+        );
         opening.settle();
         let position = position.min(self.nodes.borrow().len());
         self.nodes.borrow_mut().insert(position, Arc::clone(&node));

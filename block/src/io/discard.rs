@@ -29,7 +29,7 @@ pub(crate) async fn discard(node: &Arc<Node>, offset: u64, len: u64) -> Result<(
     };
     match result {
         Ok(()) => {
-            note_change(node, 0);
+            note_change(node);
             Ok(())
         }
         Err(Errno::ENOTSUP) => Ok(()),

@@ -41,7 +41,7 @@ async fn of_format(
     len: u64,
 ) -> Result<BlockStatus, Errno> {
     let mut path = Path::default();
-    path.pin(node);
+    path.pin(node, offset);
     let extent = loop {
         match format.map_read(offset, len)? {
             Lookup::Ready(extent) => break extent,

@@ -21,7 +21,7 @@ pub(crate) async fn truncate(node: &Arc<Node>, size: u64, exact: bool) -> Result
         Driver::Format(format) => format.truncate(size, exact).await?,
     }
     node.set_size(size);
-    note_change(node, 0);
+    note_change(node);
     Ok(())
 }
 

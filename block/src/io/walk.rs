@@ -8,29 +8,42 @@ use stord_aio::Errno;
 use crate::driver::{BACKING, Driver, ExtentKind, Format, Lookup, Protocol};
 use crate::graph::Node;
 
+struct Passed {
+    node: Arc<Node>,
+    pin: u32,
+    /// Where the request is in this node, in bytes.
+    offset: u64,
+}
+
 /// The format nodes that a request has passed, with their space pinned until the path is dropped.
 #[derive(Default)]
 pub(super) struct Path {
-    passed: SmallVec<[(Arc<Node>, u32); 2]>,
+    passed: SmallVec<[Passed; 2]>,
 }
 
 impl Path {
     /// Pins the format's space. Does nothing for a leaf.
-    pub(super) fn pin(&mut self, node: &Arc<Node>) {
+    pub(super) fn pin(&mut self, node: &Arc<Node>, offset: u64) {
         if let Driver::Format(format) = node.driver() {
-            self.passed.push((Arc::clone(node), format.enter()));
+            self.passed.push(Passed {
+                node: Arc::clone(node),
+                pin: format.enter(),
+                offset,
+            });
         }
     }
 
-    /// The nodes passed, from the top down.
-    pub(super) fn nodes(&self) -> impl Iterator<Item = &Node> {
-        self.passed.iter().map(|(node, _)| &**node)
+    /// The nodes passed, from the top down, and where the request is in each.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = (&Node, u64)> {
+        self.passed
+            .iter()
+            .map(|passed| (&*passed.node, passed.offset))
     }
 }
 
 impl Drop for Path {
     fn drop(&mut self) {
-        for (node, pin) in self.passed.drain(..) {
+        for Passed { node, pin, .. } in self.passed.drain(..) {
             if let Driver::Format(format) = node.driver() {
                 format.leave(pin);
             }
@@ -95,7 +108,7 @@ fn walk(
             Driver::Protocol(_) => return Ok(Place::Leaf(Arc::clone(node), offset)),
             Driver::Format(format) => &**format,
         };
-        path.pin(node);
+        path.pin(node, offset);
         let end = offset.checked_add(len).ok_or(Errno::EINVAL)?;
         if end > node.size() {
             return Ok(match question {

@@ -12,12 +12,18 @@ use crate::driver::{
 };
 use crate::graph::{DetectZeroes, Node};
 
-/// Notes a change of the node's content, for the next flush, and its new end.
-pub(super) fn note_change(node: &Node, end: u64) {
+/// Notes a change of the node's content, for the next flush.
+pub(super) fn note_change(node: &Node) {
+    node.written.fetch_add(1, Ordering::AcqRel);
+}
+
+/// Notes a write that reached as far as `end`.
+pub(super) fn note_write(node: &Node, end: u64) {
     if leaf_driver(node).is_some() {
         node.grow_to(end);
     }
-    node.written.fetch_add(1, Ordering::AcqRel);
+    node.note_write(end);
+    note_change(node);
 }
 
 /// Writes all of `src`. `durable` makes the write survive a power failure once this returns.
@@ -51,8 +57,9 @@ pub(super) async fn write_as_is(
     match walk::to_overwrite(node, offset, len, &mut path)? {
         Place::Leaf(leaf, at) => {
             align::write(&leaf, at, src, durable).await?;
-            note_change(&leaf, at + len);
-            path.nodes().for_each(|node| note_change(node, 0));
+            note_write(&leaf, at + len);
+            path.nodes()
+                .for_each(|(node, at)| note_write(node, at + len));
             // Mapped by a write whose metadata may still be on its way.
             if durable && !Arc::ptr_eq(&leaf, node) {
                 flush(node).await?;
@@ -79,8 +86,9 @@ pub(crate) fn try_write(node: &Arc<Node>, offset: u64, src: &IoVec) -> Option<Re
         {
             let result = leaf_driver(&leaf)?.try_write(at, src)?;
             if result.is_ok() {
-                note_change(&leaf, at + src.len());
-                path.nodes().for_each(|node| note_change(node, 0));
+                note_write(&leaf, at + src.len());
+                path.nodes()
+                    .for_each(|(node, at)| note_write(node, at + src.len()));
             }
             Some(result)
         }
@@ -132,7 +140,7 @@ fn allocating<'a>(node: &'a Arc<Node>, offset: u64, src: IoVec, durable: bool) -
             }
         }
         join_pieces(pieces).await?;
-        note_change(node, 0);
+        note_write(node, offset + total);
         if durable { flush(node).await } else { Ok(()) }
     })
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use stord_aio::{Errno, IoBuffer};
 
-use super::write::{note_change, write_as_is};
+use super::write::{note_write, write_as_is};
 use super::{block_status, flush};
 use crate::driver::{Driver, ZeroFlags};
 use crate::graph::Node;
@@ -68,7 +68,7 @@ async fn body(node: &Arc<Node>, start: u64, end: u64, flags: ZeroFlags) -> Resul
     };
     match result {
         Ok(()) => {
-            note_change(node, end);
+            note_write(node, end);
             Ok(())
         }
         Err(Errno::ENOTSUP) if !flags.contains(ZeroFlags::NO_FALLBACK) => {

@@ -14,6 +14,7 @@ pub mod monitor;
 pub mod node_info;
 pub mod object;
 pub mod socket;
+pub mod statistics;
 
 use crate::Qapi;
 

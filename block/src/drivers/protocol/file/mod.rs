@@ -25,6 +25,7 @@ use nix::sys::stat::fstat;
 use nix::unistd::{Whence, ftruncate, lseek};
 use stord_aio::{Errno, Fallocate, File, IoVec, pool};
 use stord_qmp::Error;
+use stord_qmp::schema::statistics::BlockStatsSpecificFile;
 
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
 use crate::graph::Permissions;
@@ -40,6 +41,7 @@ pub struct FileDriver {
     prepared: Mutex<Option<File>>,
     locks: lock::Locks,
     users: Users,
+    discards: Discards,
     limits: Limits,
     length: AtomicU64,
     is_device: bool,
@@ -88,6 +90,33 @@ impl Users {
             self.left.store(true, Ordering::Release);
         }
         present && !were_present && self.left.swap(false, Ordering::AcqRel)
+    }
+}
+
+/// Counts discards.
+#[derive(Default)]
+struct Discards {
+    ok: AtomicU64,
+    failed: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Discards {
+    fn count(&self, len: u64, result: Result<(), Errno>) {
+        if result.is_ok() {
+            self.ok.fetch_add(1, Ordering::Relaxed);
+            self.bytes.fetch_add(len, Ordering::Relaxed);
+        } else {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn get(&self) -> BlockStatsSpecificFile {
+        BlockStatsSpecificFile {
+            discard_nb_ok: self.ok.load(Ordering::Relaxed),
+            discard_nb_failed: self.failed.load(Ordering::Relaxed),
+            discard_bytes_ok: self.bytes.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -250,7 +279,15 @@ impl Protocol for FileDriver {
     }
 
     fn discard<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a> {
-        Box::pin(self.punch_hole(offset, len))
+        Box::pin(async move {
+            let result = self.punch_hole(offset, len).await;
+            self.discards.count(len, result);
+            result
+        })
+    }
+
+    fn discard_counts(&self) -> Option<BlockStatsSpecificFile> {
+        Some(self.discards.get())
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {

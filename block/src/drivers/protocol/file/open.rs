@@ -13,7 +13,7 @@ use stord_qmp::Error;
 use stord_qmp::schema::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
 
 use super::lock::Locks;
-use super::{Access, FileDriver, Users, alignment, own_mounts};
+use super::{Access, Discards, FileDriver, Users, alignment, own_mounts};
 use crate::contexts::Contexts;
 use crate::graph::NodeOptions;
 
@@ -106,6 +106,7 @@ fn open_here(
         prepared: Mutex::new(None),
         locks,
         users: Users::default(),
+        discards: Discards::default(),
         limits,
         length: AtomicU64::new(u64::try_from(end).unwrap_or(0)),
         is_device,

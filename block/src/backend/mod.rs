@@ -4,16 +4,24 @@
 //! drained section until it is zero, and requests that come meanwhile wait until the section ends (`gate`). Requests are made on an
 //! I/O context, and everything they do happens there.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod gate;
+mod statistics;
+
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use arc_swap::ArcSwapOption;
-use stord_aio::sync::Notify;
-use stord_aio::{Errno, IoVec, MAX_CONTEXTS};
+use stord_aio::{Errno, IoVec};
 
 use crate::driver::{BlockStatus, ZeroFlags};
 use crate::graph::{Claim, Node, Permissions};
 use crate::io;
+
+pub(crate) use gate::Gate;
+use gate::Ticket;
+use statistics::Kind;
+pub use statistics::{Total, Totals};
 
 /// What the user of a backend wants to hear of. Called on the control thread.
 pub trait BackendListener: Send + Sync {
@@ -34,7 +42,8 @@ pub struct Backend(Arc<Root>);
 pub(crate) struct Root {
     name: String,
     node: ArcSwapOption<Node>,
-    claim: Mutex<Claim>,
+    /// The permissions and, in the upper byte, what is shared.
+    claim: AtomicU16,
     gate: Gate,
     listener: Mutex<Option<Arc<dyn BackendListener>>>,
 }
@@ -53,11 +62,24 @@ impl Root {
     }
 
     pub(crate) fn claim(&self) -> Claim {
-        *self.claim.lock().unwrap_or_else(PoisonError::into_inner)
+        let [permissions, shared] = self.claim.load(Ordering::Acquire).to_le_bytes();
+        Claim {
+            permissions: Permissions::from_bits_retain(permissions),
+            shared: Permissions::from_bits_retain(shared),
+        }
     }
 
     pub(crate) fn set_claim(&self, claim: Claim) {
-        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = claim;
+        let packed = u16::from_le_bytes([claim.permissions.bits(), claim.shared.bits()]);
+        self.claim.store(packed, Ordering::Release);
+    }
+
+    pub(crate) fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        for statistics in self.gate.statistics() {
+            totals.add(statistics);
+        }
+        totals
     }
 
     pub(crate) fn gate(&self) -> &Gate {
@@ -74,13 +96,15 @@ impl Root {
 
 impl Backend {
     pub(crate) fn new(name: String, node: Arc<Node>) -> Self {
-        Self(Arc::new(Root {
+        let backend = Self(Arc::new(Root {
             name,
             node: ArcSwapOption::from(Some(node)),
-            claim: Mutex::new(Claim::NONE),
+            claim: AtomicU16::new(0),
             gate: Gate::default(),
             listener: Mutex::new(None),
-        }))
+        }));
+        backend.0.set_claim(Claim::NONE);
+        backend
     }
 
     pub(crate) fn root(&self) -> &Arc<Root> {
@@ -131,10 +155,31 @@ impl Backend {
         self.0.node().is_some_and(|node| node.options().discard)
     }
 
-    async fn start(&self) -> Result<(Ticket<'_>, Arc<Node>), Errno> {
+    async fn start(&self) -> Result<Request<'_>, Errno> {
         let ticket = self.0.gate.enter().await;
         let node = self.0.node().ok_or(Errno::ENOMEDIUM)?;
-        Ok((ticket, node))
+        let begun = Instant::now();
+        Ok(Request {
+            ticket,
+            node,
+            begun,
+        })
+    }
+
+    fn try_start(&self) -> Option<Request<'_>> {
+        let ticket = self.0.gate.try_enter()?;
+        let node = self.0.node()?;
+        let begun = Instant::now();
+        Some(Request {
+            ticket,
+            node,
+            begun,
+        })
+    }
+
+    /// What all requests came to, on every context.
+    pub fn totals(&self) -> Totals {
+        self.0.totals()
     }
 
     /// Reads all of `dst`, at any byte alignment.
@@ -142,20 +187,21 @@ impl Backend {
     /// # Errors
     /// `EIO` for a range that is not inside the length; otherwise what the storage says.
     pub async fn read(&self, offset: u64, dst: IoVec) -> Result<(), Errno> {
-        let (_ticket, node) = self.start().await?;
-        check_range(&node, offset, dst.len())?;
-        io::read(&node, offset, dst).await
+        let request = self.start().await?;
+        let len = dst.len();
+        request.check_range(offset, len)?;
+        let result = io::read(&request.node, offset, dst).await;
+        request.finish(Kind::Read, len, result)
     }
 
     /// Reads at once if no waiting is needed; `None` where it is.
     pub fn try_read(&self, offset: u64, dst: &IoVec) -> Option<Result<(), Errno>> {
-        let _ticket = self.0.gate.try_enter()?;
-        let node = self.0.node.load();
-        let node = node.as_ref()?;
-        if let Err(errno) = check_range(node, offset, dst.len()) {
+        let request = self.try_start()?;
+        if let Err(errno) = request.check_range(offset, dst.len()) {
             return Some(Err(errno));
         }
-        io::try_read(node, offset, dst)
+        let result = io::try_read(&request.node, offset, dst)?;
+        Some(request.finish(Kind::Read, dst.len(), result))
     }
 
     fn check_writable(&self) -> Result<(), Errno> {
@@ -172,21 +218,22 @@ impl Backend {
     /// `EIO` for a range that is not inside the length, `EPERM` without the permission; otherwise what the storage says.
     pub async fn write(&self, offset: u64, src: IoVec, durable: bool) -> Result<(), Errno> {
         self.check_writable()?;
-        let (_ticket, node) = self.start().await?;
-        check_range(&node, offset, src.len())?;
-        io::write(&node, offset, src, durable).await
+        let request = self.start().await?;
+        let len = src.len();
+        request.check_range(offset, len)?;
+        let result = io::write(&request.node, offset, src, durable).await;
+        request.finish(Kind::Write, len, result)
     }
 
     /// Writes at once if no waiting is needed; `None` where it is: then the whole has to be written again.
     pub fn try_write(&self, offset: u64, src: &IoVec) -> Option<Result<(), Errno>> {
         self.check_writable().ok()?;
-        let _ticket = self.0.gate.try_enter()?;
-        let node = self.0.node.load();
-        let node = node.as_ref()?;
-        if let Err(errno) = check_range(node, offset, src.len()) {
+        let request = self.try_start()?;
+        if let Err(errno) = request.check_range(offset, src.len()) {
             return Some(Err(errno));
         }
-        io::try_write(node, offset, src)
+        let result = io::try_write(&request.node, offset, src)?;
+        Some(request.finish(Kind::Write, src.len(), result))
     }
 
     /// Makes the range read as zeroes.
@@ -195,9 +242,10 @@ impl Backend {
     /// As [`write`](Self::write); `ENOTSUP` with `NO_FALLBACK` where only writing data could.
     pub async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), Errno> {
         self.check_writable()?;
-        let (_ticket, node) = self.start().await?;
-        check_range(&node, offset, len)?;
-        io::write_zeroes(&node, offset, len, flags).await
+        let request = self.start().await?;
+        request.check_range(offset, len)?;
+        let result = io::write_zeroes(&request.node, offset, len, flags).await;
+        request.finish(Kind::Write, len, result)
     }
 
     /// Gives the space of the range back, as far as the options let it; what it reads as afterwards is undefined.
@@ -206,9 +254,10 @@ impl Backend {
     /// As [`write`](Self::write).
     pub async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
         self.check_writable()?;
-        let (_ticket, node) = self.start().await?;
-        check_range(&node, offset, len)?;
-        io::discard(&node, offset, len).await
+        let request = self.start().await?;
+        request.check_range(offset, len)?;
+        let result = io::discard(&request.node, offset, len).await;
+        request.finish(Kind::Unmap, len, result)
     }
 
     /// Makes every write that completed before this call durable.
@@ -216,11 +265,12 @@ impl Backend {
     /// # Errors
     /// What the storage says. A failed flush stays due.
     pub async fn flush(&self) -> Result<(), Errno> {
-        let (_ticket, node) = self.start().await?;
-        if node.is_read_only() {
+        let request = self.start().await?;
+        if request.node.is_read_only() {
             return Ok(());
         }
-        io::flush(&node).await
+        let result = io::flush(&request.node).await;
+        request.finish(Kind::Flush, 0, result)
     }
 
     /// The status of the beginning of the range, over the whole backing chain; neighbours of the same status may follow.
@@ -228,9 +278,9 @@ impl Backend {
     /// # Errors
     /// `EIO` for a range that is not inside the length; otherwise what the storage says.
     pub async fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus, Errno> {
-        let (_ticket, node) = self.start().await?;
-        check_range(&node, offset, len)?;
-        io::block_status(&node, offset, len).await
+        let request = self.start().await?;
+        request.check_range(offset, len)?;
+        io::block_status(&request.node, offset, len).await
     }
 
     /// Changes the length. `exact` forbids a longer result than asked for. The listener is not called for one's own change.
@@ -241,8 +291,8 @@ impl Backend {
         if !self.0.claim().permissions.contains(Permissions::RESIZE) {
             return Err(Errno::EPERM);
         }
-        let (_ticket, node) = self.start().await?;
-        io::truncate(&node, size, exact).await
+        let request = self.start().await?;
+        io::truncate(&request.node, size, exact).await
     }
 
     /// Bytes of storage that the image takes up, without its backing files.
@@ -250,108 +300,31 @@ impl Backend {
     /// # Errors
     /// What the storage says.
     pub async fn allocated_size(&self) -> Result<u64, Errno> {
-        let (_ticket, node) = self.start().await?;
-        io::allocated_size(&node).await
+        let request = self.start().await?;
+        io::allocated_size(&request.node).await
     }
 }
 
-fn check_range(node: &Node, offset: u64, len: u64) -> Result<(), Errno> {
-    match offset.checked_add(len) {
-        Some(end) if end <= node.size() => Ok(()),
-        _ => Err(Errno::EIO),
-    }
+/// A request that has been counted in.
+struct Request<'a> {
+    ticket: Ticket<'a>,
+    node: Arc<Node>,
+    begun: Instant,
 }
 
-/// A counter on a cache line of its own.
-#[repr(align(64))]
-#[derive(Default)]
-struct Counter(AtomicUsize);
-
-/// Counts requests in flight, each context on its own, and holds new ones back during a drained section.
-pub(crate) struct Gate {
-    in_flight: Box<[Counter]>,
-    closed: AtomicUsize,
-    opened: Notify,
-    left: Notify,
-}
-
-impl Default for Gate {
-    fn default() -> Self {
-        Self {
-            in_flight: (0..MAX_CONTEXTS).map(|_| Counter::default()).collect(),
-            closed: AtomicUsize::new(0),
-            opened: Notify::new(),
-            left: Notify::new(),
-        }
-    }
-}
-
-/// A request in flight. Dropping it counts the request out.
-pub(crate) struct Ticket<'a> {
-    gate: &'a Gate,
-    counter: &'a AtomicUsize,
-}
-
-impl Drop for Ticket<'_> {
-    fn drop(&mut self) {
-        self.counter.fetch_sub(1, Ordering::SeqCst);
-        if self.gate.closed.load(Ordering::SeqCst) > 0 {
-            self.gate.left.notify_waiters();
-        }
-    }
-}
-
-impl Gate {
-    /// Counts a request in, unless a drained section is on.
-    ///
-    /// The count rises before the look at `closed`, and `close` does the reverse: one of the two sees the other (both sequentially
-    /// consistent).
-    fn try_enter(&self) -> Option<Ticket<'_>> {
-        let counter = &self.in_flight.get(stord_aio::current_index())?.0;
-        counter.fetch_add(1, Ordering::SeqCst);
-        let ticket = Ticket {
-            gate: self,
-            counter,
-        };
-        (self.closed.load(Ordering::SeqCst) == 0).then_some(ticket)
-    }
-
-    async fn enter(&self) -> Ticket<'_> {
-        loop {
-            if let Some(ticket) = self.try_enter() {
-                return ticket;
-            }
-            let opened = self.opened.notified();
-            if self.closed.load(Ordering::SeqCst) > 0 {
-                opened.await;
-            }
+impl Request<'_> {
+    fn check_range(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.node.size() => Ok(()),
+            _ => Err(Errno::EIO),
         }
     }
 
-    /// Holds new requests back. Nests; each call is undone by one `open`.
-    pub(crate) fn close(&self) {
-        self.closed.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// Lets requests in again.
-    pub(crate) fn open(&self) {
-        if self.closed.fetch_sub(1, Ordering::SeqCst) == 1 {
-            self.opened.notify_waiters();
-        }
-    }
-
-    /// Waits until no request is in flight. Only sensible while closed.
-    pub(crate) async fn idle(&self) {
-        loop {
-            let left = self.left.notified();
-            if self
-                .in_flight
-                .iter()
-                .all(|counter| counter.0.load(Ordering::SeqCst) == 0)
-            {
-                return;
-            }
-            left.await;
-        }
+    /// Takes the result into the statistics.
+    fn finish(self, kind: Kind, len: u64, result: Result<(), Errno>) -> Result<(), Errno> {
+        self.ticket
+            .statistics()
+            .account(kind, len, self.begun, result);
+        result
     }
 }

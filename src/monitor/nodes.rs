@@ -1,0 +1,77 @@
+//! The commands that look at block nodes and watch them.
+
+use std::rc::Rc;
+
+use stord_block::graph::BlockEvent;
+use stord_qmp::command::Registry;
+use stord_qmp::schema::statistics::{
+    BlockInfo, BlockSetWriteThreshold, BlockWriteThreshold, QueryBlockstats,
+};
+use stord_qmp::{Error, Event};
+
+use crate::daemon::Daemon;
+
+/// Adds the commands and the events.
+pub fn add(registry: &mut Registry<Daemon>) {
+    // Guests' devices, of which there are none.
+    registry.add("query-block", |_: Rc<Daemon>, (): ()| async {
+        Ok(Vec::<BlockInfo>::new())
+    });
+    registry.add_event::<BlockWriteThreshold>();
+    registry.add(
+        "query-blockstats",
+        |daemon: Rc<Daemon>, QueryBlockstats { query_nodes }| async move {
+            // Without nodes the question is for guests' devices, of which there are none.
+            let nodes = query_nodes.unwrap_or(false);
+            Ok(if nodes {
+                daemon.graph.query_blockstats()
+            } else {
+                Vec::new()
+            })
+        },
+    );
+    registry
+        .add(
+            "x-debug-query-block-graph",
+            |daemon: Rc<Daemon>, (): ()| async move { Ok(daemon.graph.query_block_graph()) },
+        )
+        .features(&["unstable"]);
+    registry.add(
+        "block-set-write-threshold",
+        |daemon: Rc<Daemon>, arguments: BlockSetWriteThreshold| async move {
+            let BlockSetWriteThreshold {
+                node_name,
+                write_threshold,
+            } = arguments;
+            daemon
+                .graph
+                .set_write_threshold(&node_name, write_threshold)
+        },
+    );
+}
+
+/// Tells the monitors what happens in the graph by itself. Needs a tokio `LocalSet`.
+///
+/// # Errors
+/// Somebody else listens already.
+pub fn report_events(daemon: &Daemon) -> Result<(), Error> {
+    let happenings = daemon.graph.take_events();
+    let mut happenings = happenings.ok_or_else(|| Error::generic("events are taken"))?;
+    let events = daemon.events.clone();
+    tokio::task::spawn_local(async move {
+        while let Some(event) = happenings.recv().await {
+            events.send(match event {
+                BlockEvent::WriteThreshold {
+                    node_name,
+                    threshold,
+                    exceeded,
+                } => Event::new(&BlockWriteThreshold {
+                    node_name,
+                    amount_exceeded: exceeded,
+                    write_threshold: threshold,
+                }),
+            });
+        }
+    });
+    Ok(())
+}
