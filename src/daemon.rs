@@ -235,12 +235,12 @@ impl Server {
                 let options = from_keyval(&value, Some("type")).map_err(unbuilt::explain)?;
                 self.daemon.exports.add(options).await?;
             }
-            Action::Object => match objects::help(&value) {
+            Action::Object => match objects::help::text(&value) {
                 Some(text) => return Ok(Progress::Print(text)),
                 None => {
                     let options =
                         from_keyval(&value, Some("qom-type")).map_err(unbuilt::explain)?;
-                    self.daemon.objects.add(options)?;
+                    self.daemon.objects.add(options).await?;
                 }
             },
             Action::Monitor => {

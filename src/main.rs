@@ -13,6 +13,7 @@ mod mount;
 mod notify;
 mod objects;
 mod pidfile;
+mod readiness;
 mod report;
 mod subcommand;
 mod trace;

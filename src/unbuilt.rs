@@ -6,10 +6,7 @@ use stord_qmp::Error;
 /// Drivers, exports and objects of the reference. What is built is accepted before anybody looks
 /// here.
 const KNOWN: &[&str] = &[
-    "authz-list",
-    "authz-listfile",
     "authz-pam",
-    "authz-simple",
     "blkdebug",
     "blklogwrites",
     "blkreplay",
@@ -39,11 +36,8 @@ const KNOWN: &[&str] = &[
     "quorum",
     "rbd",
     "replication",
-    "secret",
-    "secret_keyring",
     "snapshot-access",
     "ssh",
-    "thread-context",
     "throttle",
     "throttle-group",
     "tls-creds-anon",

@@ -10,6 +10,7 @@
 
 extern crate self as stord_qmp;
 
+pub mod base64;
 pub mod builtin;
 pub mod chardev_opts;
 pub mod command;
@@ -38,6 +39,15 @@ use visitor::{Form, Input};
 /// The value is not exactly one `T`; the message names the parameter by its path.
 pub fn from_json<T: Qapi>(value: Value) -> Result<T, Error> {
     T::decode(Input::root(value, Form::Json))
+}
+
+/// Decodes a JSON value that is called `name` in error messages.
+///
+/// # Errors
+/// As [`from_json`].
+pub fn from_json_member<T: Qapi>(name: &str, value: Value) -> Result<T, Error> {
+    let object = Value::Object([(name.to_owned(), value)].into_iter().collect());
+    Input::root(object, Form::Json).members()?.member(name)
 }
 
 /// Encodes a value as JSON.

@@ -9,9 +9,8 @@ use stord_qmp::schema::control::{VersionInfo, VersionTriple};
 use stord_qmp::schema::export::{
     BlockExportDel, BlockExportDeleted, BlockExportOptions, BlockExportRemoveMode,
 };
-use stord_qmp::schema::object::{ObjectDel, ObjectOptions};
 
-use super::{jobs, nodes};
+use super::{jobs, nodes, objects};
 use crate::daemon::Daemon;
 
 /// What the greeting and `query-version` report: the version of the interface, not ours, since
@@ -33,7 +32,7 @@ pub fn registry() -> Registry<Daemon> {
     add_control(&mut registry);
     add_nodes(&mut registry);
     add_exports(&mut registry);
-    add_objects(&mut registry);
+    objects::add(&mut registry);
     jobs::add(&mut registry);
     nodes::add(&mut registry);
     registry
@@ -125,16 +124,5 @@ fn add_exports(registry: &mut Registry<Daemon>) {
     registry.add(
         "query-block-exports",
         |daemon: Rc<Daemon>, (): ()| async move { Ok(daemon.exports.query()) },
-    );
-}
-
-fn add_objects(registry: &mut Registry<Daemon>) {
-    registry.add(
-        "object-add",
-        |daemon: Rc<Daemon>, options: ObjectOptions| async move { daemon.objects.add(options) },
-    );
-    registry.add(
-        "object-del",
-        |daemon: Rc<Daemon>, ObjectDel { id }| async move { daemon.objects.del(&id) },
     );
 }

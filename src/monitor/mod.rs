@@ -5,6 +5,7 @@ pub mod commands;
 pub mod events;
 mod jobs;
 pub mod nodes;
+mod objects;
 mod session;
 
 use std::rc::Rc;

@@ -1,4 +1,7 @@
-//! Objects that users create: iothreads and the main loop's properties.
+//! Objects that users create: threads, secrets, TLS credentials, and rules about who may come in;
+//! and the tree in which they are found.
+
+use serde_json::Value;
 
 use crate::Qapi;
 
@@ -16,10 +19,25 @@ pub struct ObjectOptions {
 #[derive(Clone, Debug, PartialEq, Qapi)]
 #[qapi(union)]
 pub enum ObjectKind {
+    /// A rule that compares names with patterns.
+    AuthzList(AuthZListProperties),
+    /// The same, read from a file, under the name that the reference's documentation gives it.
+    AuthzListFile(AuthZListFileProperties),
+    /// The same, under the name in the reference's schema.
+    AuthzListfile(AuthZListFileProperties),
+    /// A rule that lets one name in.
+    AuthzSimple(AuthZSimpleProperties),
     /// A thread that serves I/O.
     Iothread(IothreadProperties),
     /// The thread that serves everything else.
     MainLoop(EventLoopBaseProperties),
+    /// Bytes to be kept secret.
+    Secret(SecretProperties),
+    /// Bytes to be kept secret, from the kernel's keyrings.
+    #[qapi(rename = "secret_keyring")]
+    SecretKeyring(SecretKeyringProperties),
+    /// A thread whose children run where it may run.
+    ThreadContext(ThreadContextProperties),
 }
 
 /// What every event loop has.
@@ -47,9 +65,181 @@ pub struct IothreadProperties {
     pub poll_shrink: Option<i64>,
 }
 
+/// How a secret is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum QCryptoSecretFormat {
+    /// As it is.
+    Raw,
+    /// In base64.
+    Base64,
+}
+
+/// What every secret has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct SecretCommonProperties {
+    /// How the bytes are written; default `raw`.
+    pub format: Option<QCryptoSecretFormat>,
+    /// The secret they are encrypted under, if they are.
+    pub keyid: Option<String>,
+    /// The initialization vector of the encryption, in base64.
+    pub iv: Option<String>,
+}
+
+/// A secret given as text or as a file, one of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct SecretProperties {
+    /// What every secret has.
+    #[qapi(flatten)]
+    pub common: SecretCommonProperties,
+    /// The bytes.
+    pub data: Option<String>,
+    /// The file that holds them.
+    pub file: Option<String>,
+}
+
+/// A secret in the kernel's keyrings.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct SecretKeyringProperties {
+    /// What every secret has.
+    #[qapi(flatten)]
+    pub common: SecretCommonProperties,
+    /// The key's serial number.
+    pub serial: i32,
+}
+
+/// Whether to let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum QAuthZListPolicy {
+    /// No.
+    Deny,
+    /// Yes.
+    Allow,
+}
+
+/// How a name is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum QAuthZListFormat {
+    /// It must be the same.
+    Exact,
+    /// With a pattern, in which `*` stands for any text and `?` for any character.
+    Glob,
+}
+
+/// What is to be done with certain names.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct QAuthZListRule {
+    /// The name, or the pattern.
+    pub r#match: String,
+    /// What to do with a name that matches.
+    pub policy: QAuthZListPolicy,
+    /// How to compare; default `exact`.
+    pub format: Option<QAuthZListFormat>,
+}
+
+/// Rules, of which the first that matches counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct AuthZListProperties {
+    /// What to do with names that no rule matches; default `deny`.
+    pub policy: Option<QAuthZListPolicy>,
+    /// The rules; default none.
+    pub rules: Option<Vec<QAuthZListRule>>,
+}
+
+/// Rules that a file holds.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct AuthZListFileProperties {
+    /// The file, in it JSON with the members of [`AuthZListProperties`].
+    pub filename: String,
+    /// Whether to read it again whenever it has changed; default on.
+    pub refresh: Option<bool>,
+}
+
+/// A single name.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct AuthZSimpleProperties {
+    /// The name to let in.
+    pub identity: String,
+}
+
+/// Where a thread may run, said in one of two ways.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct ThreadContextProperties {
+    /// The CPUs; default those of the daemon.
+    pub cpu_affinity: Option<Vec<u16>>,
+    /// The NUMA nodes whose CPUs they are.
+    pub node_affinity: Option<Vec<u16>>,
+}
+
 /// Arguments of `object-del`.
 #[derive(Clone, Debug, PartialEq, Eq, Qapi)]
 pub struct ObjectDel {
     /// The object to remove.
     pub id: String,
+}
+
+/// Arguments of `qom-list`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct QomList {
+    /// The path of an object.
+    pub path: String,
+}
+
+/// Arguments of `qom-get`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct QomGet {
+    /// The path of an object.
+    pub path: String,
+    /// The property's name.
+    pub property: String,
+}
+
+/// Arguments of `qom-set`.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct QomSet {
+    /// The path of an object.
+    pub path: String,
+    /// The property's name.
+    pub property: String,
+    /// What to set it to.
+    pub value: Value,
+}
+
+/// Arguments of `qom-list-types`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct QomListTypes {
+    /// The type that those listed are to be of; default any.
+    pub implements: Option<String>,
+    /// Whether to list types that no object is of, but only other types; default off.
+    pub r#abstract: Option<bool>,
+}
+
+/// Arguments of `qom-list-properties`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct QomListProperties {
+    /// The type.
+    pub typename: String,
+}
+
+/// A property, as `qom-list` and `qom-list-properties` report it.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct ObjectPropertyInfo {
+    /// The name.
+    pub name: String,
+    /// The type of its value.
+    pub r#type: String,
+    /// What it is for.
+    pub description: Option<String>,
+    /// Its value unless set.
+    pub default_value: Option<Value>,
+}
+
+/// A type, as `qom-list-types` reports it.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct ObjectTypeInfo {
+    /// The name.
+    pub name: String,
+    /// Whether no object is of it, but only other types.
+    pub r#abstract: Option<bool>,
+    /// The type it extends.
+    pub parent: Option<String>,
 }
