@@ -233,9 +233,7 @@ fn commands_have_the_reference_s_arguments_and_results() {
             "",
             "[id:str type:enum(fuse) node-name:str shutting-down:bool]",
         ),
-        ("object-add", "qom-type:enum(iothread|main-loop) id:str", ""),
         ("object-del", "id:str", ""),
-        ("chardev-add", "id:str backend:object", ""),
         ("BLOCK_EXPORT_DELETED", "id:str", ""),
     ];
     for (name, arguments, result) in cases {
