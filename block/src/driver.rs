@@ -20,8 +20,9 @@ use bitflags::bitflags;
 use smallvec::SmallVec;
 use stord_aio::{Errno, IoVec};
 use stord_qmp::Error;
+use stord_qmp::schema::block::BlockdevDriver;
 
-use crate::graph::{Claim, Permissions, storage_claim};
+use crate::graph::{Claim, NodeOptions, Permissions, storage_claim};
 
 /// The future of a request inside the block layer; it stays on the context that made it.
 pub type IoFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T, Errno>> + 'a>>;
@@ -154,6 +155,20 @@ pub trait Protocol: Send + Sync {
     /// What the leaf has discarded, where it counts that.
     fn discard_counts(&self) -> Option<stord_qmp::schema::statistics::BlockStatsSpecificFile> {
         None
+    }
+
+    /// A second leaf on the same storage, for other options; this one stays as it is. Runs on the control thread, in a drained
+    /// section.
+    ///
+    /// # Errors
+    /// An option cannot be changed, or the storage cannot be opened as the options want.
+    fn reopened(
+        &self,
+        driver: &BlockdevDriver,
+        options: &NodeOptions,
+    ) -> Result<Box<dyn Protocol>, Error> {
+        let _ = (driver, options);
+        Err(Error::generic("The driver does not support reopening"))
     }
 
     /// The file name that leads here, as `query-named-block-nodes` reports it.

@@ -1,9 +1,10 @@
-//! The commands that look at block nodes and watch them.
+//! The commands that look at block nodes, watch them and change them.
 
 use std::rc::Rc;
 
 use stord_block::graph::BlockEvent;
 use stord_qmp::command::Registry;
+use stord_qmp::schema::block::BlockdevReopen;
 use stord_qmp::schema::statistics::{
     BlockInfo, BlockSetWriteThreshold, BlockWriteThreshold, QueryBlockstats,
 };
@@ -18,6 +19,12 @@ pub fn add(registry: &mut Registry<Daemon>) {
         Ok(Vec::<BlockInfo>::new())
     });
     registry.add_event::<BlockWriteThreshold>();
+    registry.add(
+        "blockdev-reopen",
+        |daemon: Rc<Daemon>, BlockdevReopen { options }| async move {
+            daemon.graph.blockdev_reopen(options).await
+        },
+    );
     registry.add(
         "query-blockstats",
         |daemon: Rc<Daemon>, QueryBlockstats { query_nodes }| async move {

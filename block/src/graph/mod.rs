@@ -11,6 +11,7 @@ mod info;
 mod node;
 mod open;
 mod permission;
+mod reopen;
 mod statistics;
 mod threshold;
 
@@ -28,6 +29,7 @@ pub use edge::{Children, Claim, Edge};
 pub use event::BlockEvent;
 pub use node::{DetectZeroes, Node, NodeOptions};
 pub use permission::Permissions;
+pub(crate) use reopen::cannot_change;
 
 use crate::backend::{Backend, Root};
 use crate::contexts::Contexts;
@@ -319,20 +321,7 @@ impl Graph {
                 self.flush(&node).await;
             }
             if let Driver::Format(_) = node.driver() {
-                let closing = Arc::clone(&node);
-                let closed = self
-                    .contexts
-                    .main()
-                    .run(move || async move {
-                        match closing.driver() {
-                            Driver::Format(format) => format.close().await,
-                            Driver::Protocol(_) => Ok(()),
-                        }
-                    })
-                    .await;
-                if let Ok(Err(errno)) = closed {
-                    tracing::error!(node = node.name(), %errno, "closing the image failed");
-                }
+                self.close_image(&node).await;
             }
             self.nodes
                 .borrow_mut()

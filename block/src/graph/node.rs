@@ -96,6 +96,14 @@ impl Node {
         self
     }
 
+    /// The same node, in the place of `old`: keeps what was counted and set there.
+    pub(super) fn continuing(self, old: &Self) -> Self {
+        self.threshold.set(old.threshold.get());
+        self.highest_written
+            .store(old.highest_written(), Ordering::Relaxed);
+        self
+    }
+
     /// The node name; nodes that were not named by the user have one that starts with `#block`.
     pub fn name(&self) -> &str {
         &self.name

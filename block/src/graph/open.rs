@@ -29,7 +29,7 @@ const MAX_NODE_NAME: usize = 31;
 
 /// The place of a child with its parent, which decides the defaults of its options.
 #[derive(Clone, Copy)]
-enum Place {
+pub(super) enum Place {
     /// Holds the parent's image: as writable as the parent.
     Image,
     /// Lies behind the parent: read-only unless said otherwise.
@@ -50,14 +50,14 @@ impl Chain<'_> {
 }
 
 /// Children of a driver that is opening. Dropping it without `keep` leaves no trace in the graph but nodes to close.
-struct Opening<'a> {
+pub(super) struct Opening<'a> {
     graph: &'a Graph,
-    children: Children,
+    pub(super) children: Children,
     done: Cell<bool>,
 }
 
 impl<'a> Opening<'a> {
-    fn new(graph: &'a Graph, name: &str, places: &[&'static str]) -> Self {
+    pub(super) fn new(graph: &'a Graph, name: &str, places: &[&'static str]) -> Self {
         let children = Children::new(places);
         graph
             .opening
@@ -71,7 +71,7 @@ impl<'a> Opening<'a> {
     }
 
     /// Takes the children out of the list of those that are opening.
-    fn settle(&self) {
+    pub(super) fn settle(&self) {
         if !self.done.replace(true) {
             self.graph
                 .opening
@@ -82,7 +82,7 @@ impl<'a> Opening<'a> {
 
     /// Puts a node into its place, with the claim that a format has on it before the format has users of its own. From then on
     /// `abandon` closes it.
-    async fn put(
+    pub(super) async fn put(
         &self,
         child: ChildId,
         node: Arc<Node>,
@@ -534,7 +534,7 @@ fn identity(node: &Node) -> Option<(u64, u64)> {
 }
 
 /// Gives a child defined inside its parent the parent's options where it has none of its own.
-fn inherit(child: &mut BlockdevOptions, parent: &BlockdevOptions, place: Place) {
+pub(super) fn inherit(child: &mut BlockdevOptions, parent: &BlockdevOptions, place: Place) {
     let cache = parent.cache.clone().unwrap_or(BlockdevCacheOptions {
         direct: None,
         no_flush: None,
@@ -560,7 +560,7 @@ fn inherit(child: &mut BlockdevOptions, parent: &BlockdevOptions, place: Place) 
     }
 }
 
-fn node_options(options: &BlockdevOptions) -> Result<NodeOptions, Error> {
+pub(super) fn node_options(options: &BlockdevOptions) -> Result<NodeOptions, Error> {
     let cache = options.cache.as_ref();
     let node = NodeOptions {
         discard: options.discard == Some(BlockdevDiscardOptions::Unmap),

@@ -298,6 +298,13 @@ pub enum BlockdevRefOrNull {
     Null,
 }
 
+/// Arguments of `blockdev-reopen`.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct BlockdevReopen {
+    /// The nodes, by their names, and what they are to become.
+    pub options: Vec<BlockdevOptions>,
+}
+
 /// Arguments of `blockdev-del`.
 #[derive(Clone, Debug, PartialEq, Eq, Qapi)]
 pub struct BlockdevDel {

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use stord_aio::{Errno, IoVec, time};
 use stord_qmp::Error;
-use stord_qmp::schema::block::BlockdevOptionsNull;
+use stord_qmp::schema::block::{BlockdevDriver, BlockdevOptionsNull};
 
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
+use crate::graph::{NodeOptions, cannot_change};
 
 /// The size in bytes where the user gives none.
 const DEFAULT_SIZE: i64 = 1 << 30;
@@ -103,6 +104,21 @@ impl Protocol for Null {
 
     fn allocated_size<'a>(&'a self) -> IoFuture<'a, u64> {
         Box::pin(async { Ok(0) })
+    }
+
+    fn reopened(
+        &self,
+        driver: &BlockdevDriver,
+        _options: &NodeOptions,
+    ) -> Result<Box<dyn Protocol>, Error> {
+        let (BlockdevDriver::NullCo(options) | BlockdevDriver::NullAio(options)) = driver else {
+            return Err(cannot_change("driver"));
+        };
+        let other = Self::open(options)?;
+        if other.size != self.size {
+            return Err(cannot_change("size"));
+        }
+        Ok(Box::new(other))
     }
 
     fn filename(&self) -> String {

@@ -25,10 +25,11 @@ use nix::sys::stat::fstat;
 use nix::unistd::{Whence, ftruncate, lseek};
 use stord_aio::{Errno, Fallocate, File, IoVec, pool};
 use stord_qmp::Error;
+use stord_qmp::schema::block::{BlockdevDriver, OnOffAuto};
 use stord_qmp::schema::statistics::BlockStatsSpecificFile;
 
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
-use crate::graph::Permissions;
+use crate::graph::{NodeOptions, Permissions};
 
 pub(crate) use open::open;
 
@@ -39,13 +40,12 @@ pub struct FileDriver {
     access: Access,
     /// The other descriptor that `prepare_permissions` opened, until commit or abort.
     prepared: Mutex<Option<File>>,
-    locks: lock::Locks,
-    users: Users,
-    discards: Discards,
+    locks: Arc<lock::Locks>,
+    users: Arc<Users>,
+    discards: Arc<Discards>,
     limits: Limits,
     length: AtomicU64,
     is_device: bool,
-    direct: bool,
     identity: (u64, u64),
     /// Requests that the file system refused once and will refuse again.
     no_zero_range: AtomicBool,
@@ -59,6 +59,7 @@ struct Access {
     engine: stord_aio::Engine,
     batch: u32,
     drop_cache: bool,
+    locking: Option<OnOffAuto>,
     direct: bool,
     /// Opens for writing when the first writer comes, and for reading only when the last has gone.
     dynamic: bool,
@@ -296,7 +297,7 @@ impl Protocol for FileDriver {
                 return Err(Errno::EIO);
             }
             let result = self.file().fsync(true).await;
-            if result.is_err() && !self.direct {
+            if result.is_err() && !self.access.direct {
                 self.flush_failed.store(true, Ordering::Release);
             }
             result
@@ -379,6 +380,14 @@ impl Protocol for FileDriver {
     fn abort_permissions(&self) {
         drop(self.take_prepared());
         self.locks.abort();
+    }
+
+    fn reopened(
+        &self,
+        driver: &BlockdevDriver,
+        options: &NodeOptions,
+    ) -> Result<Box<dyn Protocol>, Error> {
+        Ok(Box::new(open::reopened(self, driver, options)?))
     }
 
     fn filename(&self) -> String {

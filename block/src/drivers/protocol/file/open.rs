@@ -1,21 +1,24 @@
 //! Opening a file: access mode, kind, alignment, locks; with messages in the reference's wording.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
-use nix::fcntl::{OFlag, open as open_path};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open as open_path};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::{Whence, lseek};
 use stord_aio::{Engine, Errno, File, pool};
 use stord_qmp::Error;
-use stord_qmp::schema::block::{BlockdevAioOptions, BlockdevOptionsFile, OnOffAuto};
+use stord_qmp::schema::block::{
+    BlockdevAioOptions, BlockdevDriver, BlockdevOptionsFile, OnOffAuto,
+};
 
 use super::lock::Locks;
-use super::{Access, Discards, FileDriver, Users, alignment, own_mounts};
+use super::{Access, FileDriver, alignment, own_mounts};
 use crate::contexts::Contexts;
-use crate::graph::NodeOptions;
+use crate::driver::{Limits, Protocol};
+use crate::graph::{NodeOptions, cannot_change};
 
 /// Opens the file on the blocking pool.
 pub(crate) async fn open(
@@ -57,11 +60,7 @@ fn open_here(
     node: &NodeOptions,
 ) -> Result<FileDriver, Error> {
     let filename = &options.filename;
-    if options.aio == Some(BlockdevAioOptions::Native) && !node.direct {
-        return Err(Error::generic(
-            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
-        ));
-    }
+    check_engine(options, node)?;
     let dynamic = node.auto_read_only && !node.read_only;
     let writable = !node.read_only && !dynamic;
     let fd = open_path(
@@ -81,40 +80,106 @@ fn open_here(
     let locks = Locks::new(lock_descriptor(&fd, options)?);
     let end = lseek(&fd, 0, Whence::SeekEnd)
         .map_err(|errno| Error::os(format!("Could not get the size of '{filename}'"), errno))?;
-    let limits = alignment::limits(&fd, node.direct).map_err(|errno| {
-        Error::os("Could not find working O_DIRECT alignment", errno)
-            .with_hint("Try cache.direct=off")
-    })?;
-    let engine = match options.aio {
-        None => Engine::Auto,
-        Some(BlockdevAioOptions::Threads) => Engine::Threads,
-        Some(BlockdevAioOptions::Native | BlockdevAioOptions::IoUring) => Engine::Uring,
-    };
-    let batch = batch(options.aio_max_batch)?;
+    // It was for the opening alone.
+    fcntl(&fd, FcntlArg::F_SETFL(flags(writable, node.direct)))
+        .map_err(|errno| cannot_open(filename, errno, false))?;
+    let access = access(options, node, writable)?;
     Ok(FileDriver {
         filename: filename.clone(),
-        file: ArcSwap::from_pointee(File::new(fd, engine).with_batch(batch)),
-        access: Access {
-            engine,
-            batch,
-            drop_cache: options.drop_cache.unwrap_or(true) && !node.direct,
-            direct: node.direct,
-            dynamic,
-            writable: AtomicBool::new(writable),
-            read_only: node.read_only,
-        },
+        limits: limits(&fd, node.direct)?,
+        file: ArcSwap::from_pointee(File::new(fd, access.engine).with_batch(access.batch)),
+        access,
         prepared: Mutex::new(None),
-        locks,
-        users: Users::default(),
-        discards: Discards::default(),
-        limits,
+        locks: Arc::new(locks),
+        users: Arc::default(),
+        discards: Arc::default(),
         length: AtomicU64::new(u64::try_from(end).unwrap_or(0)),
         is_device,
-        direct: node.direct,
         identity: (stat.st_dev, stat.st_ino),
         no_zero_range: AtomicBool::new(false),
         no_punch_hole: AtomicBool::new(false),
         flush_failed: AtomicBool::new(false),
+    })
+}
+
+/// A second driver on the file of `old`, for other options.
+pub(super) fn reopened(
+    old: &FileDriver,
+    driver: &BlockdevDriver,
+    node: &NodeOptions,
+) -> Result<FileDriver, Error> {
+    let (BlockdevDriver::File(options) | BlockdevDriver::HostDevice(options)) = driver else {
+        return Err(cannot_change("driver"));
+    };
+    if options.filename != old.filename {
+        return Err(cannot_change("filename"));
+    }
+    if options.locking.unwrap_or(OnOffAuto::Auto) != old.access.locking.unwrap_or(OnOffAuto::Auto) {
+        return Err(cannot_change("locking"));
+    }
+    check_engine(options, node)?;
+    let was_writable = old.access.writable.load(Ordering::Acquire);
+    let dynamic = node.auto_read_only && !node.read_only;
+    let writable = if dynamic {
+        old.access.dynamic && was_writable
+    } else {
+        !node.read_only
+    };
+    let fd = reopen(old.file().fd().as_fd(), writable, node.direct)
+        .map_err(|errno| cannot_open(&old.filename, errno, node.direct))?;
+    let access = access(options, node, writable)?;
+    Ok(FileDriver {
+        filename: old.filename.clone(),
+        limits: limits(&fd, node.direct)?,
+        file: ArcSwap::from_pointee(File::new(fd, access.engine).with_batch(access.batch)),
+        access,
+        prepared: Mutex::new(None),
+        locks: Arc::clone(&old.locks),
+        users: Arc::clone(&old.users),
+        discards: Arc::clone(&old.discards),
+        length: AtomicU64::new(old.length()),
+        is_device: old.is_device,
+        identity: old.identity,
+        no_zero_range: AtomicBool::new(false),
+        no_punch_hole: AtomicBool::new(false),
+        flush_failed: AtomicBool::new(old.flush_failed.load(Ordering::Acquire)),
+    })
+}
+
+fn limits(fd: &OwnedFd, direct: bool) -> Result<Limits, Error> {
+    alignment::limits(fd, direct).map_err(|errno| {
+        Error::os("Could not find working O_DIRECT alignment", errno)
+            .with_hint("Try cache.direct=off")
+    })
+}
+
+fn check_engine(options: &BlockdevOptionsFile, node: &NodeOptions) -> Result<(), Error> {
+    if options.aio == Some(BlockdevAioOptions::Native) && !node.direct {
+        return Err(Error::generic(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        ));
+    }
+    Ok(())
+}
+
+fn access(
+    options: &BlockdevOptionsFile,
+    node: &NodeOptions,
+    writable: bool,
+) -> Result<Access, Error> {
+    Ok(Access {
+        engine: match options.aio {
+            None => Engine::Auto,
+            Some(BlockdevAioOptions::Threads) => Engine::Threads,
+            Some(BlockdevAioOptions::Native | BlockdevAioOptions::IoUring) => Engine::Uring,
+        },
+        batch: batch(options.aio_max_batch)?,
+        drop_cache: options.drop_cache.unwrap_or(true) && !node.direct,
+        locking: options.locking,
+        direct: node.direct,
+        dynamic: node.auto_read_only && !node.read_only,
+        writable: AtomicBool::new(writable),
+        read_only: node.read_only,
     })
 }
 

@@ -1,0 +1,382 @@
+//! Reopening: other options for nodes that are open, all of a command's nodes together or none.
+//!
+//! A node is not changed, it is replaced: a second node of the same name opens on the same storage while no request is in flight, and
+//! takes the first one's place everywhere. Files are not opened by name again but through their descriptors, and keep their locks.
+//! Nodes are replaced from the bottom up; when one fails, those replaced before it are put back.
+
+use std::sync::Arc;
+
+use stord_qmp::Error;
+use stord_qmp::schema::block::{BlockdevDriver, BlockdevOptions, BlockdevRef, BlockdevRefOrNull};
+
+use super::claims::{Plan, top_down};
+use super::open::{Opening, Place, inherit, node_options};
+use super::{Children, Claim, Graph, Node, Permissions};
+use crate::driver::{BACKING, ChildId, DATA_FILE, Driver, FILE};
+use crate::drivers::format::{qcow2, raw};
+
+/// A node and what it is to become.
+struct Target {
+    node: Arc<Node>,
+    options: BlockdevOptions,
+    /// The children it is to have: its present ones where the options do not name others.
+    children: Vec<Option<Arc<Node>>>,
+}
+
+/// A node that has taken another's place, and what it takes to put that one back.
+struct Replacement {
+    old: Arc<Node>,
+    new: Arc<Node>,
+    claims: Vec<Claim>,
+}
+
+impl Graph {
+    /// Gives nodes new options; those left out go back to their defaults.
+    ///
+    /// # Errors
+    /// A node is missing, an option cannot be changed, a user of a node forbids it, or a driver fails. Nothing has changed then.
+    pub async fn blockdev_reopen(&self, options: Vec<BlockdevOptions>) -> Result<(), Error> {
+        let _change = self.change.lock().await;
+        let mut targets = Vec::new();
+        for options in options {
+            let Some(name) = &options.node_name else {
+                return Err(Error::generic("node-name not specified"));
+            };
+            let node = self.lookup(name).ok_or_else(|| {
+                Error::generic(format!("Failed to find node with node-name='{name}'"))
+            })?;
+            self.add_target(node, options, &mut targets)?;
+        }
+        let nodes: Vec<Arc<Node>> = targets
+            .iter()
+            .map(|target| Arc::clone(&target.node))
+            .collect();
+        let _drained = self.drain(&nodes).await;
+        let mut replaced = Vec::new();
+        let result = self.replace_all(&targets, &mut replaced).await;
+        if result.is_err() {
+            for replacement in replaced.into_iter().rev() {
+                self.put_back(replacement);
+            }
+            return result;
+        }
+        for Replacement { old, .. } in replaced {
+            for orphan in self.let_go(old.children()) {
+                self.close_unused(orphan).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks what can be checked beforehand, and adds the node after those of its children that are described with it.
+    fn add_target(
+        &self,
+        node: Arc<Node>,
+        options: BlockdevOptions,
+        targets: &mut Vec<Target>,
+    ) -> Result<(), Error> {
+        if options.driver.name() != node.driver_name() {
+            return Err(cannot_change("driver"));
+        }
+        if options.force_share.unwrap_or(false) != node.options().force_share {
+            return Err(cannot_change("force-share"));
+        }
+        if options.read_only == Some(true) && self.has_writers(&node) {
+            return Err(Error::generic(format!(
+                "Read-only block node '{}' cannot support read-write users",
+                node.name()
+            )));
+        }
+        let mut children: Vec<Option<Arc<Node>>> = node
+            .children()
+            .edges()
+            .iter()
+            .map(super::Edge::node)
+            .collect();
+        let mut place = |child: ChildId, reference: Option<&BlockdevRef>| -> Result<(), Error> {
+            let Some(reference) = reference else {
+                return Ok(());
+            };
+            let Some(place) = children.get_mut(usize::from(child.0)) else {
+                return Ok(());
+            };
+            match reference {
+                BlockdevRef::Reference(name) => *place = Some(self.find(name)?),
+                BlockdevRef::Definition(definition) => {
+                    let present = place
+                        .clone()
+                        .ok_or_else(|| cannot_change(child_name(child)))?;
+                    let mut definition = (**definition).clone();
+                    inherit(
+                        &mut definition,
+                        &options,
+                        if child == BACKING {
+                            Place::Backing
+                        } else {
+                            Place::Image
+                        },
+                    );
+                    definition.node_name = Some(present.name().to_owned());
+                    self.add_target(present, definition, targets)?;
+                }
+            }
+            Ok(())
+        };
+        match &options.driver {
+            BlockdevDriver::Raw(raw) => place(FILE, Some(&raw.file))?,
+            BlockdevDriver::Qcow2(qcow2) => {
+                place(FILE, Some(&qcow2.file))?;
+                place(DATA_FILE, qcow2.data_file.as_ref())?;
+                match &qcow2.backing {
+                    Some(BlockdevRefOrNull::Reference(name)) => {
+                        place(BACKING, Some(&BlockdevRef::Reference(name.clone())))?;
+                    }
+                    Some(BlockdevRefOrNull::Definition(definition)) => {
+                        place(BACKING, Some(&BlockdevRef::Definition(definition.clone())))?;
+                    }
+                    Some(BlockdevRefOrNull::Null) => {
+                        if let Some(place) = children.get_mut(usize::from(BACKING.0)) {
+                            *place = None;
+                        }
+                    }
+                    None if node.children().node(BACKING).is_some() => {
+                        return Err(Error::generic(format!(
+                            "backing is missing for '{}'",
+                            node.name()
+                        )));
+                    }
+                    None => {}
+                }
+            }
+            BlockdevDriver::File(_)
+            | BlockdevDriver::HostDevice(_)
+            | BlockdevDriver::NullCo(_)
+            | BlockdevDriver::NullAio(_) => {}
+        }
+        for child in children.iter().flatten() {
+            if top_down(std::slice::from_ref(child))
+                .iter()
+                .any(|below| Arc::ptr_eq(below, &node))
+            {
+                return Err(Error::generic(format!(
+                    "Making '{}' a child of '{}' would create a cycle",
+                    child.name(),
+                    node.name()
+                )));
+            }
+        }
+        targets.push(Target {
+            node,
+            options,
+            children,
+        });
+        Ok(())
+    }
+
+    fn has_writers(&self, node: &Arc<Node>) -> bool {
+        let writes = |claim: Claim| claim.permissions.intersects(Permissions::WRITABLE);
+        let by_nodes = self.nodes.borrow().iter().any(|parent| {
+            let is_node =
+                |edge: &super::Edge| edge.node().is_some_and(|child| Arc::ptr_eq(&child, node));
+            parent
+                .children()
+                .edges()
+                .iter()
+                .any(|edge| is_node(edge) && writes(edge.claim()))
+        });
+        by_nodes && self.roots_of(node).next().is_none()
+            || self.roots_of(node).any(|root| writes(root.claim()))
+    }
+
+    async fn replace_all(
+        &self,
+        targets: &[Target],
+        replaced: &mut Vec<Replacement>,
+    ) -> Result<(), Error> {
+        for target in targets {
+            let replacement = self.replacement(target).await?;
+            self.swap(&replacement.old, &replacement.new);
+            replaced.push(replacement);
+        }
+        let news: Vec<Arc<Node>> = replaced
+            .iter()
+            .map(|replacement| Arc::clone(&replacement.new))
+            .collect();
+        Plan::make(self, &news, Vec::new())?.commit();
+        Ok(())
+    }
+
+    /// Opens the node that is to take the target's place. On failure the target is as it was.
+    async fn replacement(&self, target: &Target) -> Result<Replacement, Error> {
+        let old = &target.node;
+        let options = node_options(&target.options)?;
+        if !old.is_read_only() {
+            self.flush(old).await;
+        }
+        let claims = old
+            .children()
+            .edges()
+            .iter()
+            .map(super::Edge::claim)
+            .collect();
+        if let Driver::Protocol(leaf) = old.driver() {
+            let driver = leaf.reopened(&target.options.driver, &options)?;
+            let read_only = options.read_only;
+            let new = Node::new(
+                old.name().to_owned(),
+                old.driver_name(),
+                Driver::Protocol(driver),
+                Children::new(&[]),
+                options,
+                read_only,
+            );
+            let new = Arc::new(new.with_events(self.events.clone()).continuing(old));
+            return Ok(Replacement {
+                old: Arc::clone(old),
+                new,
+                claims,
+            });
+        }
+        let names: Vec<&'static str> = old
+            .children()
+            .edges()
+            .iter()
+            .map(super::Edge::name)
+            .collect();
+        let opening = Opening::new(self, old.name(), &names);
+        for edge in old.children().edges() {
+            edge.set_claim(Claim::NONE);
+        }
+        match self.open_again(target, &opening, options).await {
+            Ok(new) => {
+                opening.settle();
+                Ok(Replacement {
+                    old: Arc::clone(old),
+                    new,
+                    claims,
+                })
+            }
+            Err(error) => {
+                opening.settle();
+                self.let_go(&opening.children);
+                self.restore(old, &claims);
+                Err(error)
+            }
+        }
+    }
+
+    async fn open_again(
+        &self,
+        target: &Target,
+        opening: &Opening<'_>,
+        options: super::NodeOptions,
+    ) -> Result<Arc<Node>, Error> {
+        let old = &target.node;
+        self.close_image(old).await;
+        let writable = !options.read_only;
+        let is_raw = matches!(target.options.driver, BlockdevDriver::Raw(_));
+        for (id, child) in (0u8..).map(ChildId).zip(&target.children) {
+            if let Some(child) = child {
+                opening
+                    .put(id, Arc::clone(child), writable && id != BACKING, is_raw)
+                    .await?;
+            }
+        }
+        let children = opening.children.clone();
+        let driver: Driver = match &target.options.driver {
+            BlockdevDriver::Raw(raw) => Driver::Format(Box::new(raw::Raw::open(children, raw)?)),
+            BlockdevDriver::Qcow2(qcow2) => {
+                let (own, common) = (qcow2.clone(), options.clone());
+                let driver = self
+                    .on_main(move || async move { qcow2::open(children, own, common).await })
+                    .await??;
+                Driver::Format(Box::new(driver))
+            }
+            other => {
+                return Err(Error::generic(format!(
+                    "'{}' is not a format",
+                    other.name()
+                )));
+            }
+        };
+        let read_only = options.read_only;
+        let new = Node::new(
+            old.name().to_owned(),
+            old.driver_name(),
+            driver,
+            opening.children.clone(),
+            options,
+            read_only,
+        );
+        Ok(Arc::new(
+            new.with_events(self.events.clone()).continuing(old),
+        ))
+    }
+
+    /// Puts `new` everywhere `old` was.
+    fn swap(&self, old: &Arc<Node>, new: &Arc<Node>) {
+        for list in [&self.nodes, &self.monitor_owned] {
+            for node in list
+                .borrow_mut()
+                .iter_mut()
+                .filter(|node| Arc::ptr_eq(node, old))
+            {
+                *node = Arc::clone(new);
+            }
+        }
+        for parent in self.nodes.borrow().iter() {
+            for edge in parent.children().edges() {
+                if edge.node().is_some_and(|child| Arc::ptr_eq(&child, old)) {
+                    edge.set_node(Some(Arc::clone(new)));
+                }
+            }
+        }
+        for root in self.roots_of(old) {
+            root.set_node(Some(Arc::clone(new)));
+        }
+    }
+
+    fn put_back(&self, replacement: Replacement) {
+        let Replacement { old, new, claims } = replacement;
+        self.swap(&new, &old);
+        self.let_go(new.children());
+        self.restore(&old, &claims);
+    }
+
+    /// Gives a node's claims back to it.
+    fn restore(&self, node: &Arc<Node>, claims: &[Claim]) {
+        for (edge, claim) in node.children().edges().iter().zip(claims) {
+            edge.set_claim(*claim);
+        }
+        self.release_claims(std::slice::from_ref(node));
+    }
+
+    /// Writes everything out that a format keeps in memory and leaves its image clean.
+    pub(super) async fn close_image(&self, node: &Arc<Node>) {
+        let closing = Arc::clone(node);
+        let closed = self
+            .on_main(move || async move {
+                match closing.driver() {
+                    Driver::Format(format) => format.close().await,
+                    Driver::Protocol(_) => Ok(()),
+                }
+            })
+            .await;
+        if let Ok(Err(errno)) = closed {
+            tracing::error!(node = node.name(), %errno, "closing the image failed");
+        }
+    }
+}
+
+/// The error for an option that stays as it was when the node opened.
+pub(crate) fn cannot_change(option: &str) -> Error {
+    Error::generic(format!("Cannot change the option '{option}'"))
+}
+
+fn child_name(child: ChildId) -> &'static str {
+    match child {
+        BACKING => "backing",
+        DATA_FILE => "data-file",
+        _ => "file",
+    }
+}
