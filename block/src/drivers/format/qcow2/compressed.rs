@@ -91,11 +91,11 @@ impl Image {
                 match extent.kind {
                     ExtentKind::Zero { .. } => piece.fill(0),
                     ExtentKind::Unallocated if self.children.node(BACKING).is_none() => {
-                        piece.fill(0)
+                        piece.fill(0);
                     }
                     ExtentKind::Unallocated => self.children.read(BACKING, at, piece).await?,
                     ExtentKind::Data { child, offset } => {
-                        self.children.read(child, offset, piece).await?
+                        self.children.read(child, offset, piece).await?;
                     }
                     ExtentKind::Special => self.read_compressed(at, piece).await?,
                 }

@@ -14,8 +14,8 @@ use super::layout::{
     Autoclear, COMPATIBLE_LAZY_REFCOUNTS, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_CRYPTO,
     EXT_DATA_FILE, EXT_END, EXT_FEATURE_NAMES, Geometry, Incompatible, MAGIC, MAX_BACKING_NAME,
     MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_CLUSTER_BITS, MAX_FORMAT_NAME, MAX_L1_BYTES,
-    MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, RawBitmapsExtension, RawExtension,
-    RawFeatureName, RawHeader, V2_HEADER_LENGTH, V3_HEADER_LENGTH,
+    MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS, RAW_HEADER_LENGTH, RawBitmapsExtension,
+    RawExtension, RawFeatureName, RawHeader, V2_HEADER_LENGTH, V3_HEADER_LENGTH,
 };
 use crate::driver::FILE;
 use crate::graph::Children;
@@ -117,10 +117,7 @@ impl Header {
         let fields = if self.geometry.version < 3 {
             V2_HEADER_LENGTH
         } else {
-            self.raw
-                .header_length
-                .get()
-                .min(size_of::<RawHeader>() as u32)
+            self.raw.header_length.get().min(RAW_HEADER_LENGTH)
         };
         let fields = fields as usize;
         head[..fields].copy_from_slice(&self.raw.as_bytes()[..fields]);
@@ -430,12 +427,10 @@ impl Extensions {
                 self.backing_format = Some(text(data));
             }
             EXT_DATA_FILE => self.data_file = Some(text(data)),
-            EXT_CRYPTO => {
-                if raw.crypt_method.get() != 2 {
-                    return Err(Error::generic(
-                        "CRYPTO header extension only expected with LUKS encryption method",
-                    ));
-                }
+            EXT_CRYPTO if raw.crypt_method.get() != 2 => {
+                return Err(Error::generic(
+                    "CRYPTO header extension only expected with LUKS encryption method",
+                ));
             }
             EXT_FEATURE_NAMES => {
                 let names = data.chunks_exact(size_of::<RawFeatureName>());

@@ -79,6 +79,14 @@ impl L1 {
         piece.map_or(0, |piece| piece[index % PIECE].load(Ordering::Acquire))
     }
 
+    /// The entries that are not empty.
+    pub(super) fn entries(&self) -> impl Iterator<Item = u64> {
+        let pieces = self.pieces.iter().filter_map(OnceLock::get);
+        let entries =
+            pieces.flat_map(|piece| piece.iter().map(|entry| entry.load(Ordering::Acquire)));
+        entries.filter(|&entry| entry != 0)
+    }
+
     /// Sets an entry within the table's length.
     pub(super) fn set(&self, index: usize, entry: u64) {
         if let Some(piece) = self.pieces.get(index / PIECE) {

@@ -9,6 +9,8 @@ pub(super) const MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Bytes of a version 2 header.
 pub(super) const V2_HEADER_LENGTH: u32 = 72;
+/// Bytes of the header fields known here.
+pub(super) const RAW_HEADER_LENGTH: u32 = 112;
 /// Bytes of the shortest version 3 header.
 pub(super) const V3_HEADER_LENGTH: u32 = 104;
 
@@ -101,19 +103,6 @@ pub(super) struct RawBitmapsExtension {
     pub(super) reserved: U32,
     pub(super) directory_size: U64,
     pub(super) directory_offset: U64,
-}
-
-/// The fixed part of a bitmap directory entry.
-#[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-pub(super) struct RawBitmapEntry {
-    pub(super) table_offset: U64,
-    pub(super) table_size: U32,
-    pub(super) flags: U32,
-    pub(super) kind: u8,
-    pub(super) granularity_bits: u8,
-    pub(super) name_size: U16,
-    pub(super) extra_data_size: U32,
 }
 
 /// The fixed part of a snapshot table entry.

@@ -57,7 +57,7 @@ impl Image {
             return Err(self.corruption(true, &message).await);
         }
         let words = self.slice_entries() * self.geometry.entry_words();
-        let slice = if self.meta().tables.is_new(position.l1_index) {
+        let slice = if self.meta().l2.new_tables.contains_key(&position.l1_index) {
             Slice::empty(position.slice, words)
         } else {
             let buffer = IoBuffer::zeroed(words * 8);

@@ -8,22 +8,36 @@
 //! Where to look: `layout` and `header` are the format; `map` answers lookups from `l1` and `cache` without a lock, `load` fills the
 //! cache; `compressed`, `snapshot`, `info` and `corrupt` do what they say.
 
+mod alloc;
+mod arm;
 mod cache;
+mod clean;
 mod compressed;
 mod corrupt;
 pub(crate) mod create;
+mod frees;
 mod header;
+mod inflight;
 mod info;
 mod l1;
 mod layout;
 mod load;
 mod map;
+mod meta;
 mod open;
 mod options;
+mod overlap;
+mod pins;
+mod refcount;
+mod resize;
 mod single_flight;
 mod snapshot;
+mod table;
 #[cfg(test)]
 mod tests;
+mod write;
+mod writeback;
+mod zero;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,11 +47,14 @@ use stord_aio::sync;
 use stord_aio::{Errno, IoVec};
 
 use self::cache::SliceCache;
+use self::clean::Cleaning;
 use self::compressed::Decompressed;
 use self::header::Header;
 use self::l1::L1;
 use self::layout::Geometry;
+use self::meta::Meta;
 use self::options::Options;
+use self::pins::Pins;
 use self::single_flight::SingleFlight;
 use self::snapshot::Snapshots;
 use crate::driver::{
@@ -76,22 +93,14 @@ struct Image {
     /// Counts changes of where metadata lies; what [`cache::Slice::checked`] is compared with.
     metadata_places: AtomicU64,
     meta: Mutex<Meta>,
-}
-
-/// Metadata under the image's lock, which is held for moments and never across I/O.
-#[derive(Debug, Default)]
-struct Meta {
-    tables: Tables,
-}
-
-/// L2 tables that the L1 table on disk does not name yet.
-#[derive(Debug, Default)]
-struct Tables {}
-
-impl Tables {
-    fn is_new(&self, _l1_index: usize) -> bool {
-        false
-    }
+    pins: Pins,
+    loading_refcounts: SingleFlight,
+    /// L2 tables that are being copied, by L1 index.
+    copying: SingleFlight,
+    /// Held by whoever writes metadata back.
+    writing_back: sync::Mutex<()>,
+    resizing: sync::Mutex<()>,
+    cleaning: Cleaning,
 }
 
 impl Image {
@@ -123,10 +132,6 @@ impl Image {
             Ok(())
         }
     }
-
-    async fn write_back(&self) -> Result<(), Errno> {
-        Err(Errno::ENOTSUP)
-    }
 }
 
 impl Format for Qcow2 {
@@ -142,6 +147,14 @@ impl Format for Qcow2 {
 
     fn length(&self) -> u64 {
         self.0.size.load(Ordering::Acquire)
+    }
+
+    fn enter(&self) -> u32 {
+        self.0.pins.enter()
+    }
+
+    fn leave(&self, pin: u32) {
+        self.0.pins.leave(pin);
     }
 
     fn map_read(&self, offset: u64, len: u64) -> Result<Lookup<Extent>, Errno> {
@@ -160,24 +173,28 @@ impl Format for Qcow2 {
         self.0.map_write(offset, len)
     }
 
-    fn prepare_write<'a>(&'a self, _offset: u64, _len: u64) -> IoFuture<'a, WritePlan> {
-        Box::pin(async { Err(Errno::ENOTSUP) })
+    fn prepare_write<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a, WritePlan> {
+        Box::pin(self.0.prepare_write(offset, len))
     }
 
-    fn write_zeroes<'a>(&'a self, _offset: u64, _len: u64, _flags: ZeroFlags) -> IoFuture<'a> {
-        Box::pin(async { Err(Errno::ENOTSUP) })
+    fn write_zeroes<'a>(&'a self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'a> {
+        Box::pin(self.0.write_zeroes(offset, len, flags))
     }
 
-    fn discard<'a>(&'a self, _offset: u64, _len: u64) -> IoFuture<'a> {
-        Box::pin(async { Err(Errno::ENOTSUP) })
+    fn discard<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a> {
+        Box::pin(self.0.discard(offset, len))
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {
-        Box::pin(async { Ok(()) })
+        Box::pin(self.0.write_back())
     }
 
-    fn truncate<'a>(&'a self, _size: u64, _exact: bool) -> IoFuture<'a> {
-        Box::pin(async { Err(Errno::ENOTSUP) })
+    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a> {
+        Box::pin(self.0.truncate(size, exact))
+    }
+
+    fn close<'a>(&'a self) -> IoFuture<'a> {
+        Box::pin(self.0.close())
     }
 
     fn info(&self) -> FormatInfo {

@@ -9,14 +9,17 @@ use stord_qmp::Error;
 use stord_qmp::schema::block::BlockdevOptionsQcow2;
 
 use super::cache::SliceCache;
+use super::clean::Cleaning;
 use super::compressed::Decompressed;
 use super::header::{Header, strerror};
 use super::l1::L1;
 use super::layout::Incompatible;
+use super::meta::Meta;
 use super::options::Options;
+use super::pins::Pins;
 use super::single_flight::SingleFlight;
 use super::snapshot::Snapshots;
-use super::{Image, Meta, Qcow2};
+use super::{Image, Qcow2};
 use crate::driver::{DATA_FILE, ImageLinks};
 use crate::graph::{Children, NodeOptions};
 
@@ -91,6 +94,14 @@ pub async fn open(
         armed: AtomicBool::new(false),
         metadata_places: AtomicU64::new(1),
         meta: Mutex::new(Meta::default()),
+        pins: Pins::default(),
+        loading_refcounts: SingleFlight::default(),
+        copying: SingleFlight::default(),
+        writing_back: sync::Mutex::new(()),
+        resizing: sync::Mutex::new(()),
+        cleaning: Cleaning::default(),
     };
-    Ok(Qcow2(Arc::new(image)))
+    let image = Arc::new(image);
+    image.start_cleaning();
+    Ok(Qcow2(image))
 }

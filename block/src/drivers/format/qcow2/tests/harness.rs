@@ -8,7 +8,7 @@ use stord_aio::{Errno, IoBuffer};
 use stord_qmp::Error;
 use stord_qmp::schema::block::{BlockdevOptionsQcow2, BlockdevRef};
 
-use super::super::{Qcow2, open};
+use super::super::open;
 use crate::driver::{BACKING, ChildId, DATA_FILE, Driver, FILE};
 use crate::graph::{Children, Node, NodeOptions};
 use crate::io;
@@ -46,9 +46,12 @@ pub(super) fn text(path: &Path) -> &str {
     path.to_str().expect("a name in UTF-8")
 }
 
-/// The driver's options with all at their defaults.
+/// The driver's options with all at their defaults, but the cleaning of caches.
 pub(super) fn defaults() -> BlockdevOptionsQcow2 {
-    BlockdevOptionsQcow2::new(BlockdevRef::Reference("file".to_owned()))
+    let mut options = BlockdevOptionsQcow2::new(BlockdevRef::Reference("file".to_owned()));
+    // A timer would hide a deadlock from the simulation.
+    options.cache_clean_interval = Some(0);
+    options
 }
 
 /// Files below an image, and how to open it.

@@ -1,4 +1,5 @@
 //! Tests of the driver over a disk in memory, and against QEMU's tools where those are installed.
 
 mod harness;
+mod model;
 mod reading;

@@ -1,0 +1,226 @@
+//! Allocation of clusters, in memory: the first free ones in the file are taken, and their refcounts go up at once.
+//!
+//! Everything here runs under the metadata lock and never waits. What is missing for an answer is named instead; the caller loads it
+//! and asks again.
+
+use super::layout::{Geometry, MAX_HOST_OFFSET, MAX_REFTABLE_BYTES};
+use super::options::Overlap;
+use super::overlap::Places;
+use super::refcount::{Missing, Refcounts};
+
+/// Why clusters could not be allocated now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AllocError {
+    /// Refcounts have to be loaded, or cannot be right.
+    Missing(Missing),
+    /// The file cannot be longer, or its refcount table cannot.
+    NoSpace,
+    /// What refcounts say is free is metadata of this kind.
+    Overlap(&'static str),
+    /// Metadata has to be written back first.
+    WriteBack,
+    /// Not with this entry; data has to be written.
+    NotSupported,
+}
+
+impl From<Missing> for AllocError {
+    fn from(missing: Missing) -> Self {
+        Self::Missing(missing)
+    }
+}
+
+/// Clusters that were allocated together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// The number of the first.
+    pub(super) cluster: u64,
+    pub(super) count: u64,
+    /// The file reads as zeroes there: nothing has ever been written to it.
+    pub(super) fresh: bool,
+}
+
+/// The space in the image file: what is taken, by what, and what is free.
+#[derive(Debug)]
+pub(super) struct Space {
+    geometry: Geometry,
+    pub(super) refcounts: Refcounts,
+    pub(super) places: Places,
+    /// No cluster before this one is free.
+    cursor: u64,
+    /// From this cluster on nothing has been written to the file.
+    fresh_from: u64,
+    /// The place that the refcount table had before it moved, in clusters, until the header on disk names the new one.
+    pub(super) old_table: Option<(u64, u64)>,
+}
+
+impl Space {
+    /// The space of a file whose first `used` clusters hold something.
+    pub(super) fn new(geometry: Geometry, refcounts: Refcounts, places: Places, used: u64) -> Self {
+        Self {
+            geometry,
+            refcounts,
+            places,
+            cursor: 0,
+            fresh_from: used,
+            old_table: None,
+        }
+    }
+
+    /// Allocates between one and `want` clusters in a row.
+    pub(super) fn allocate(&mut self, want: u64) -> Result<Run, AllocError> {
+        loop {
+            let cluster = self.first_free(self.cursor)?;
+            self.cursor = cluster;
+            if !self.ensure_block(cluster)? {
+                // The cluster has become a refcount block itself, or the table has moved.
+                continue;
+            }
+            let mut count = self.refcounts.free_run(cluster, want);
+            if cluster < self.fresh_from {
+                count = count.min(self.fresh_from - cluster);
+            }
+            let run = self.take(cluster, count.max(1))?;
+            self.cursor = cluster + run.count;
+            return Ok(run);
+        }
+    }
+
+    /// Allocates exactly `count` clusters in a row, at the first place where there are so many.
+    pub(super) fn allocate_exactly(&mut self, count: u64) -> Result<Run, AllocError> {
+        self.allocate_exactly_from(self.cursor, count)
+    }
+
+    fn allocate_exactly_from(&mut self, from: u64, count: u64) -> Result<Run, AllocError> {
+        let mut start = self.first_free(from)?;
+        let mut end = start;
+        while end < start + count {
+            if self.refcounts.get(end)? != 0 {
+                start = self.first_free(end)?;
+                end = start;
+            } else if self.ensure_block(end)? {
+                end += 1;
+            }
+            // Otherwise this cluster has become a refcount block, or the table has moved: look at it again.
+        }
+        self.take(start, count)
+    }
+
+    /// Lowers a cluster's refcount by one; gives the new one. `None` if it is zero already.
+    pub(super) fn release(&mut self, cluster: u64) -> Result<Option<u64>, Missing> {
+        let count = self.refcounts.get(cluster)?;
+        let Some(left) = count.checked_sub(1) else {
+            return Ok(None);
+        };
+        self.refcounts.set(cluster, left)?;
+        if left == 0 {
+            self.cursor = self.cursor.min(cluster);
+        }
+        Ok(Some(left))
+    }
+
+    fn first_free(&mut self, from: u64) -> Result<u64, AllocError> {
+        let mut at = from;
+        loop {
+            match self.refcounts.next_free(at)? {
+                Ok(cluster) => return Ok(cluster),
+                Err(next) => {
+                    if self.cursor == at {
+                        self.cursor = next;
+                    }
+                    at = next;
+                }
+            }
+        }
+    }
+
+    /// Takes clusters that are free and have refcount blocks.
+    fn take(&mut self, cluster: u64, count: u64) -> Result<Run, AllocError> {
+        let end = cluster + count;
+        if end > MAX_HOST_OFFSET >> self.geometry.cluster_bits {
+            return Err(AllocError::NoSpace);
+        }
+        if let Some(kind) =
+            (cluster..end).find_map(|cluster| self.places.hit(cluster, &self.geometry))
+        {
+            return Err(AllocError::Overlap(kind));
+        }
+        for cluster in cluster..end {
+            self.refcounts.set(cluster, 1)?;
+        }
+        let fresh = cluster >= self.fresh_from;
+        self.fresh_from = self.fresh_from.max(end);
+        Ok(Run {
+            cluster,
+            count,
+            fresh,
+        })
+    }
+
+    /// Sees to it that the free cluster has a refcount block; false if that changed what is free.
+    fn ensure_block(&mut self, cluster: u64) -> Result<bool, AllocError> {
+        if self.refcounts.has_block(cluster)? {
+            return Ok(true);
+        }
+        let block = self.refcounts.block_of(cluster);
+        if block >= self.refcounts.capacity() {
+            self.grow_table(block)?;
+        } else {
+            self.add_block(cluster)?;
+        }
+        Ok(false)
+    }
+
+    /// Makes the free cluster the refcount block for itself and its neighbours.
+    fn add_block(&mut self, cluster: u64) -> Result<(), AllocError> {
+        if let Some(kind) = self.places.hit(cluster, &self.geometry) {
+            return Err(AllocError::Overlap(kind));
+        }
+        if cluster >= MAX_HOST_OFFSET >> self.geometry.cluster_bits {
+            return Err(AllocError::NoSpace);
+        }
+        let block = self.refcounts.block_of(cluster);
+        self.refcounts
+            .add_block(block, cluster << self.geometry.cluster_bits);
+        self.take(cluster, 1)?;
+        self.places.add_cluster(cluster, Overlap::REFCOUNT_BLOCK);
+        Ok(())
+    }
+
+    /// Moves the refcount table to a place where it can name `block` and more.
+    fn grow_table(&mut self, block: u64) -> Result<(), AllocError> {
+        if self.old_table.is_some() {
+            return Err(AllocError::WriteBack);
+        }
+        let old = (
+            self.refcounts.table_offset >> self.geometry.cluster_bits,
+            self.refcounts.table_clusters,
+        );
+        let old_capacity = self.refcounts.capacity();
+        let most = MAX_REFTABLE_BYTES / 8;
+        if block >= most {
+            return Err(AllocError::NoSpace);
+        }
+        let blocks = (block + block / 2 + 16).min(most);
+        self.refcounts.table_clusters = self.geometry.clusters_for(blocks * 8);
+        // Beyond what the old table could name, everything is free and nothing has to be loaded.
+        match self.allocate_exactly_from(
+            old_capacity << self.geometry.refblock_bits(),
+            self.refcounts.table_clusters,
+        ) {
+            Ok(run) => {
+                self.refcounts
+                    .move_table(run.cluster << self.geometry.cluster_bits);
+                let bytes = run.count << self.geometry.cluster_bits;
+                self.places
+                    .add_range(self.refcounts.table_offset, bytes, Overlap::REFCOUNT_TABLE);
+                self.old_table = Some(old);
+                Ok(())
+            }
+            Err(error) => {
+                self.refcounts.table_clusters = old.1;
+                self.refcounts.forget_blocks_from(old_capacity);
+                Err(error)
+            }
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! Random requests against a model that is a vector of bytes, over every kind of image, in many interleavings; afterwards QEMU checks
+//! the image and reads it.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use stord_aio::sync::RangeLock;
+use stord_aio::{Errno, join_all, sim, yield_now};
+
+use super::harness::{Image, Setup, assert_same, created, qemu, text};
+use crate::driver::ZeroFlags;
+use crate::io;
+use crate::testing::{MemoryDisk, Random, leaf};
+
+/// What an image is made and driven with.
+#[derive(Clone, Default)]
+pub(super) struct Kind {
+    pub(super) options: &'static str,
+    pub(super) size: u64,
+    pub(super) backing: bool,
+    pub(super) small_cache: bool,
+}
+
+pub(super) fn kinds() -> Vec<Kind> {
+    const MIB: u64 = 1 << 20;
+    let kind = |options, size| Kind {
+        options,
+        size,
+        ..Kind::default()
+    };
+    let mut kinds = vec![
+        kind("", 6 * MIB + 512),
+        kind("cluster_size=512", MIB),
+        kind("cluster_size=512,refcount_bits=64", MIB / 2 + 1024),
+        kind("cluster_size=1024,refcount_bits=1", MIB),
+        kind("cluster_size=4k,refcount_bits=2", 2 * MIB),
+        kind("cluster_size=4k,refcount_bits=4", 2 * MIB),
+        kind("cluster_size=4k,refcount_bits=8", 2 * MIB),
+        kind("cluster_size=4k,refcount_bits=32", 2 * MIB),
+        kind("cluster_size=4k,compat=0.10", 3 * MIB),
+        kind("cluster_size=16k,extended_l2=on", 2 * MIB),
+        kind("cluster_size=64k,extended_l2=on", 6 * MIB + 512),
+        kind("cluster_size=2M", 9 * MIB),
+    ];
+    let with_backing: Vec<Kind> = kinds
+        .iter()
+        .filter(|kind| !kind.options.contains("2M"))
+        .cloned()
+        .collect();
+    kinds.extend(with_backing.into_iter().map(|kind| Kind {
+        backing: true,
+        ..kind
+    }));
+    kinds.push(kind("cluster_size=4k,lazy_refcounts=on", 2 * MIB));
+    kinds.push(Kind {
+        small_cache: true,
+        ..kind("cluster_size=512", MIB)
+    });
+    kinds.push(Kind {
+        small_cache: true,
+        backing: true,
+        ..kind("cluster_size=16k,extended_l2=on", 2 * MIB)
+    });
+    kinds
+}
+
+/// Files below an image, and what it holds.
+pub(super) struct Made {
+    pub(super) file: MemoryDisk,
+    pub(super) content: Vec<u8>,
+    pub(super) backing: Option<Vec<u8>>,
+    pub(super) kind: Kind,
+}
+
+impl Made {
+    pub(super) fn new(kind: &Kind) -> Self {
+        let size = usize::try_from(kind.size).expect("fits into memory");
+        // Shorter than the image, and with zeroes in it.
+        let backing: Option<Vec<u8>> = kind.backing.then(|| {
+            let mut random = Random::new(99);
+            let mut bytes: Vec<u8> = (0..size * 3 / 4)
+                .map(|at| {
+                    if at / 30_000 % 3 == 0 {
+                        0
+                    } else {
+                        (at % 251) as u8
+                    }
+                })
+                .collect();
+            bytes.truncate(bytes.len() & !511);
+            let at = usize::try_from(random.below(1000)).expect("small");
+            bytes[at] = 77;
+            bytes
+        });
+        let mut content = backing.clone().unwrap_or_default();
+        content.resize(size, 0);
+        Self {
+            file: MemoryDisk::new(created(kind.options, &kind.size.to_string())),
+            content,
+            backing,
+            kind: kind.clone(),
+        }
+    }
+
+    pub(super) fn setup(&self) -> Setup {
+        let mut options = super::harness::defaults();
+        if self.kind.small_cache {
+            options.l2_cache_size = Some(512);
+            options.l2_cache_entry_size = Some(512);
+            options.refcount_cache_size = Some(0);
+        }
+        Setup {
+            backing: self
+                .backing
+                .as_ref()
+                .map(|bytes| leaf(&MemoryDisk::new(bytes.clone()))),
+            options: Some(options),
+            ..Setup::new(&self.file)
+        }
+    }
+
+    /// Has QEMU check the image and compare its content.
+    pub(super) fn check(&self, content: &[u8], what: &str) {
+        check(
+            &self.file.bytes(),
+            self.backing.as_deref(),
+            content,
+            what,
+            false,
+        );
+    }
+}
+
+/// Has QEMU check an image and compare its content.
+pub(super) fn check(
+    image: &[u8],
+    backing: Option<&[u8]>,
+    content: &[u8],
+    what: &str,
+    may_leak: bool,
+) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("image.qcow2");
+    std::fs::write(&path, image).expect("writes");
+    let output = std::process::Command::new("qemu-img")
+        .args(["check", text(&path)])
+        .output()
+        .expect("qemu-img runs");
+    let code = output.status.code();
+    let fine = code == Some(0) || (may_leak && code == Some(3));
+    if !fine {
+        let kept = std::env::temp_dir().join("stord-bad.qcow2");
+        let _ = std::fs::write(&kept, image);
+    }
+    assert!(
+        fine,
+        "{what}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let raw = dir.path().join("raw");
+    if let Some(backing) = backing {
+        let file = dir.path().join("backing");
+        std::fs::write(&file, backing).expect("writes");
+        qemu(
+            "qemu-img",
+            &["rebase", "-u", "-F", "raw", "-b", text(&file), text(&path)],
+        );
+    }
+    qemu(
+        "qemu-img",
+        &["convert", "-O", "raw", text(&path), text(&raw)],
+    );
+    assert_same(content, &std::fs::read(raw).expect("reads"), what);
+}
+
+/// The guest's view of an image in a test.
+#[derive(Clone)]
+pub(super) struct Guest {
+    pub(super) image: Image,
+    pub(super) content: Rc<RefCell<Vec<u8>>>,
+    pub(super) ranges: Rc<RangeLock>,
+    /// Requests may fail; what they were to change is then unknown.
+    pub(super) unsure: Rc<RefCell<Vec<std::ops::Range<usize>>>>,
+}
+
+impl Guest {
+    pub(super) fn new(image: Image, content: Vec<u8>) -> Self {
+        Self {
+            image,
+            content: Rc::new(RefCell::new(content)),
+            ranges: Rc::default(),
+            unsure: Rc::default(),
+        }
+    }
+
+    fn range(&self, random: &mut Random) -> std::ops::Range<usize> {
+        let size = self.content.borrow().len() as u64;
+        let unit = [1, 512, 4096, 65536][usize::try_from(random.below(4)).expect("small")];
+        let start = random.below(size) / unit * unit;
+        let len = match random.below(8) {
+            0 => 1 + random.below(size - start),
+            1..=3 => (1 + random.below(8)) * unit,
+            _ => 1 + random.below(70_000),
+        };
+        let end = (start + len).min(size);
+        let index = |at: u64| usize::try_from(at).expect("fits into memory");
+        index(start)..index(end)
+    }
+
+    /// One random request.
+    pub(super) async fn step(&self, random: &mut Random) -> Result<(), Errno> {
+        let range = self.range(random);
+        let (start, end) = (range.start as u64, range.end as u64);
+        let node = &self.image.0;
+        match random.below(20) {
+            0..=8 => {
+                let _held = self.ranges.lock(start..end).await;
+                let fill = random.next();
+                let data: Vec<u8> = range
+                    .clone()
+                    .map(|at| (at as u64 ^ fill).wrapping_mul(0x9e37_79b9) as u8)
+                    .collect();
+                let result = self.image.write(start, &data).await;
+                self.done(range, result, |content| content.copy_from_slice(&data))?;
+            }
+            9..=11 => {
+                let _held = self.ranges.lock(start..end).await;
+                let flags = if random.one_in(2) {
+                    ZeroFlags::MAY_UNMAP
+                } else {
+                    ZeroFlags::empty()
+                };
+                let result = io::write_zeroes(node, start, end - start, flags).await;
+                self.done(range, result, |content| content.fill(0))?;
+            }
+            12..=13 => {
+                let _held = self.ranges.lock(start..end).await;
+                let result = io::discard(node, start, end - start).await;
+                // Anything may have become of it: ask.
+                let _ = self.done(range.clone(), result, |_| {});
+                self.unsure.borrow_mut().push(range.clone());
+                self.learn(&range).await?;
+                result?;
+            }
+            14..=17 => {
+                let _held = self.ranges.lock_shared(start..end).await;
+                let read = self.image.read(start, range.len()).await?;
+                self.compare(&range, &read);
+            }
+            18 => self.image.flush().await?,
+            _ => yield_now().await,
+        }
+        Ok(())
+    }
+
+    fn done(
+        &self,
+        range: std::ops::Range<usize>,
+        result: Result<(), Errno>,
+        change: impl FnOnce(&mut [u8]),
+    ) -> Result<(), Errno> {
+        if result.is_err() {
+            self.unsure.borrow_mut().push(range);
+            return result;
+        }
+        change(&mut self.content.borrow_mut()[range]);
+        Ok(())
+    }
+
+    /// Takes over what is there in a range whose content is unknown.
+    async fn learn(&self, range: &std::ops::Range<usize>) -> Result<(), Errno> {
+        let read = self.image.read(range.start as u64, range.len()).await?;
+        let was = self.content.borrow()[range.clone()].to_vec();
+        for (now, was) in read.iter().zip(&was) {
+            assert!(
+                now == was || *now == 0,
+                "a discard left other content than zeroes"
+            );
+        }
+        self.content.borrow_mut()[range.clone()].copy_from_slice(&read);
+        self.unsure.borrow_mut().retain(|other| other != range);
+        Ok(())
+    }
+
+    fn compare(&self, range: &std::ops::Range<usize>, read: &[u8]) {
+        let content = self.content.borrow();
+        let unsure = self.unsure.borrow();
+        for (at, (ours, theirs)) in range.clone().zip(read.iter().zip(&content[range.clone()])) {
+            if ours != theirs && !unsure.iter().any(|range| range.contains(&at)) {
+                panic!("byte {at:#x} reads as {ours:#x}, not {theirs:#x} (request {range:x?})");
+            }
+        }
+    }
+}
+
+/// Several workers at once.
+pub(super) async fn work(guest: &Guest, seed: u64, workers: u64, steps: u64) {
+    let workers = (0..workers).map(|worker| {
+        let guest = guest.clone();
+        async move {
+            let mut random = Random::new(seed * 1000 + worker);
+            for _ in 0..steps {
+                guest.step(&mut random).await.expect("the disk is healthy");
+            }
+        }
+    });
+    join_all(workers.collect()).await;
+}
+
+pub(super) fn seeds(default: u64) -> std::ops::Range<u64> {
+    let count = std::env::var("STORD_SEEDS")
+        .ok()
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(default);
+    let first = std::env::var("STORD_FIRST_SEED")
+        .ok()
+        .and_then(|first| first.parse().ok())
+        .unwrap_or(0);
+    first..first + count
+}
+
+#[test]
+fn agrees_with_a_vector_of_bytes() {
+    for kind in kinds() {
+        for seed in seeds(2) {
+            let made = Made::new(&kind);
+            let setup = made.setup();
+            let content = made.content.clone();
+            let what = format!("{} backing={} seed {seed}", kind.options, kind.backing);
+            eprintln!("{what}");
+            let content = sim::run(seed, || async move {
+                let guest = Guest::new(setup.open().await.expect("opens"), content);
+                work(&guest, seed, 6, 40).await;
+                let read = guest.image.read_all().await.expect("reads");
+                guest.compare(&(0..read.len()), &read);
+                guest.image.clone().close().await.expect("closes");
+                guest.content.take()
+            });
+            made.check(&content, &what);
+        }
+    }
+}
