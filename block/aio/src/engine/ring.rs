@@ -206,7 +206,8 @@ impl Ring {
             return true;
         }
         let queue = ring.submission();
-        queue.taskrun() || queue.cq_overflow()
+        // What is still queued was put off by the kernel, and is to be tried again.
+        queue.taskrun() || queue.cq_overflow() || !queue.is_empty()
     }
 
     pub(crate) fn own_operations(&self) -> usize {
