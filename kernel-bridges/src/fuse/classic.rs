@@ -4,8 +4,9 @@
 //! answered at once by the thread that fetched it, if that needs no waiting; otherwise it becomes a task. The reply goes to the
 //! descriptor that the request came from.
 //!
-//! Every descriptor that waits for requests is woken by every request. So, while there is little to do, only the first queue waits;
-//! when it finds request after request it calls another, which goes back to rest when it is woken for nothing.
+//! Every descriptor that waits for requests is woken by every request. So, while there is little to do, only the first queue waits.
+//! When it finds a request waiting behind the one it has, it calls another queue, which goes back to rest when it finds none. (That the
+//! next request is there as soon as the last is answered says nothing: so it is too with a single client on the same processor.)
 //!
 //! A queue ends when it is told to, or when the connection does: on unmount. It finishes the requests it has fetched, and closes its
 //! descriptor on its own context, so that no other thread can see the descriptor's number used again.
@@ -36,9 +37,9 @@ const MAX_BYTES_IN_FLIGHT: usize = 8 << 20;
 const REQUEST_OVERHEAD: usize = 4096;
 /// So many requests are answered before the other tasks of the context get their turn.
 const BURST: u32 = 64;
-/// So many requests without a pause make the first queue call for help.
-const BACKLOG: u32 = 8;
-/// A queue that was woken for nothing so often goes to rest.
+/// Every so many requests without a pause a queue looks whether others wait behind the one it has.
+const LOOK_BEHIND: u32 = 8;
+/// A called queue that found nothing to help with so often goes back to rest.
 const USELESS_WAKES: u32 = 2;
 /// A queue without requests for so long gives memory back.
 const IDLE: Duration = Duration::from_secs(1);
@@ -63,8 +64,10 @@ struct Queue {
 
 /// What one attempt to fetch a request gave.
 enum Fetched {
-    /// A request, which is answered or under way.
-    Request,
+    /// A request, in so many bytes.
+    Request(RequestBuffer, usize),
+    /// One that was taken back while it was being read.
+    TakenBack,
     /// Nothing yet.
     Empty,
     /// The connection has ended.
@@ -109,16 +112,17 @@ pub(super) async fn serve(device: OwnedFd, session: Arc<Session>, index: usize) 
 
 impl Queue {
     async fn run(self: &Rc<Self>) {
+        let is_helper = self.index > 0;
         let mut streak = 0;
         let mut useless = 0;
-        if self.index > 0 {
+        if is_helper {
             self.session.rest(self.index);
         }
         loop {
             if self.session.is_stopping() {
                 return;
             }
-            if self.index == 0 && self.session.take_stale() {
+            if !is_helper && self.session.take_stale() {
                 self.invalidate_attributes();
             }
             if self.session.is_held() || self.session.is_resting(self.index) {
@@ -129,33 +133,47 @@ impl Queue {
                 self.ended.notified().await;
                 continue;
             }
-            match self.fetch() {
-                Fetched::Closed => return,
-                Fetched::Request => {
-                    streak += 1;
-                    useless = 0;
-                    if streak % BURST == 0 {
-                        yield_now().await;
+            let fetched = self.fetch();
+            if let Fetched::Request(buffer, length) = fetched {
+                streak += 1;
+                if streak % LOOK_BEHIND == 0 {
+                    let behind = self.fetch();
+                    self.dispatch(buffer, length);
+                    match behind {
+                        Fetched::Request(buffer, length) => {
+                            self.dispatch(buffer, length);
+                            useless = 0;
+                            self.session.call_help();
+                        }
+                        Fetched::Closed => return,
+                        Fetched::Empty | Fetched::TakenBack => useless += 1,
                     }
-                    if streak == BACKLOG {
-                        self.session.call_help();
-                    }
+                } else {
+                    self.dispatch(buffer, length);
                 }
-                Fetched::Empty => {
-                    if streak == 0 {
-                        useless += 1;
-                    }
-                    streak = 0;
-                    if self.index > 0 && useless > USELESS_WAKES {
-                        useless = 0;
-                        self.session.rest(self.index);
-                        continue;
-                    }
+                if streak % BURST == 0 {
+                    yield_now().await;
+                }
+            } else {
+                match fetched {
+                    Fetched::Closed => return,
+                    Fetched::Empty => {}
+                    Fetched::Request(..) | Fetched::TakenBack => continue,
+                }
+                if streak < 2 {
+                    useless += 1;
+                }
+                streak = 0;
+                if !(is_helper && useless > USELESS_WAKES) {
                     self.trim_when_idle();
                     if self.event().await.is_err() {
                         return;
                     }
                 }
+            }
+            if is_helper && useless > USELESS_WAKES {
+                useless = 0;
+                self.session.rest(self.index);
             }
         }
     }
@@ -173,20 +191,16 @@ impl Queue {
         .await
     }
 
-    /// Reads one request and answers it or makes a task of it.
-    fn fetch(self: &Rc<Self>) -> Fetched {
+    /// Reads one request.
+    fn fetch(&self) -> Fetched {
         let buffer = self.buffers.take();
         match self.device.try_read(buffer.request()) {
-            Ok(length) => {
-                self.dispatch(buffer, length);
-                Fetched::Request
-            }
+            Ok(length) => Fetched::Request(buffer, length),
             Err(errno) => {
                 self.buffers.put(buffer);
                 match errno {
                     Errno::EAGAIN => Fetched::Empty,
-                    // The request was taken back while it was being read.
-                    Errno::ENOENT | Errno::EINTR => Fetched::Request,
+                    Errno::ENOENT | Errno::EINTR => Fetched::TakenBack,
                     // Unmounted or aborted.
                     Errno::ENODEV | Errno::ECONNABORTED => Fetched::Closed,
                     _ => {
@@ -198,6 +212,7 @@ impl Queue {
         }
     }
 
+    /// Answers a request, or makes a task of it.
     fn dispatch(self: &Rc<Self>, mut buffer: RequestBuffer, length: usize) {
         let mut bytes = [0u8; size_of::<InHeader>() + MAX_ARGUMENTS];
         let known = length.min(bytes.len());
