@@ -24,7 +24,7 @@ use crate::monitor::events::Broadcast;
 use crate::monitor::{Monitors, Service, commands, nodes};
 use crate::pidfile::PidFile;
 use crate::report::{Origin, reason};
-use crate::{notify, objects, trace, unbuilt};
+use crate::{notify, objects, report, trace, unbuilt};
 
 /// What commands act on.
 pub struct Daemon {
@@ -202,7 +202,7 @@ impl Server {
             match self.step(step, command_line.daemonize).await {
                 Ok(Progress::Next) => {}
                 Ok(Progress::Print(text)) => {
-                    print!("{text}");
+                    report::print(&text);
                     return Err(Stop::Done);
                 }
                 Err(error) => return Err(Stop::Failed(origin, error)),
@@ -280,7 +280,7 @@ impl Server {
         for warning in &opts.warnings {
             origin.warning(warning, None);
         }
-        let options = chardev_opts::translate(opts)?;
+        let options = chardev_opts::translate(opts).map_err(unbuilt::explain)?;
         let setting = Setting {
             origin,
             daemonize,

@@ -21,7 +21,6 @@ mod umount;
 mod unbuilt;
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::process::ExitCode;
 
 use cmdline::Outcome;
@@ -40,12 +39,11 @@ fn main() -> ExitCode {
     let command_line = match cmdline::read(args.clone()) {
         Outcome::Run(command_line) => command_line,
         Outcome::Print(text) => {
-            // Nobody can be told that standard output is closed.
-            let _ = std::io::stdout().write_all(text.as_bytes());
+            report::print(&text);
             return ExitCode::SUCCESS;
         }
         Outcome::Usage(message) => {
-            eprintln!("{}: {message}", argv0.to_string_lossy());
+            report::usage(&argv0.to_string_lossy(), &message);
             return ExitCode::FAILURE;
         }
     };

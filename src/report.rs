@@ -33,6 +33,19 @@ pub fn reason(error: &std::io::Error) -> String {
     }
 }
 
+/// Reports what is wrong with the command line itself, in the C library's form: under the program's
+/// whole name.
+pub fn usage(argv0: &str, message: &str) {
+    // Nobody can be told that standard error is closed.
+    let _ = writeln!(std::io::stderr(), "{argv0}: {message}");
+}
+
+/// Prints what was asked for to standard output.
+pub fn print(text: &str) {
+    // Nobody can be told that it is closed.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
 /// Where a message comes from: an option of the command line, or nothing in particular.
 #[derive(Clone, Debug, Default)]
 pub struct Origin(Option<Rc<str>>);

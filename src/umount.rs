@@ -17,7 +17,7 @@ use crate::mount::mountinfo::mount_at;
 use crate::mount::mountpoint::{absolute, clean, is_dead, remove_created};
 use crate::mount::registry::{Found, Registry};
 use crate::mount::unmount::{InUse, unmount};
-use crate::report::{Origin, reason};
+use crate::report::{self, Origin, reason};
 
 /// How much longer than the daemon may take to end it is waited for.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -40,7 +40,7 @@ pub struct UmountArgs {
 pub fn run(args: &UmountArgs) -> ExitCode {
     match end_mount(args, &Registry::of_user()) {
         Ok(message) => {
-            println!("{message}");
+            report::print(&format!("{message}\n"));
             ExitCode::SUCCESS
         }
         Err(error) => {

@@ -80,6 +80,9 @@ fn socket(opts: &mut Opts) -> Result<ChardevSocket, Error> {
         (None, Some(host)) => SocketAddressLegacyKind::Inet(Data {
             data: inet(host, opts)?,
         }),
+        (None, None) if opts.take("fd").is_some() => {
+            return Err(Error::generic("Invalid parameter 'fd'"));
+        }
         _ => {
             let message = "None or one of 'path', 'fd' or 'host' option required.";
             return Err(Error::generic(message));

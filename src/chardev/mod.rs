@@ -173,3 +173,6 @@ impl Chardevs {
         Ok(stdio::Stdio::open(options))
     }
 }
+
+#[cfg(test)]
+mod tests;

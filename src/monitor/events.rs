@@ -1,5 +1,5 @@
 //! Hands every event to every monitor, without ever waiting for one: a monitor whose client has
-//! left [`BACKLOG`] events unread is cut off, and its client can tell.
+//! left [`BACKLOG`] events unread gets no more, and is disconnected when its client has read those.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -9,7 +9,7 @@ use stord_qmp::event::Event;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 /// The most events that wait for one client.
-const BACKLOG: usize = 4096;
+pub(super) const BACKLOG: usize = 4096;
 
 /// An event and when it happened.
 pub type Dated = Rc<(Event, SystemTime)>;

@@ -96,3 +96,6 @@ impl Monitors {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -118,35 +118,38 @@ impl Client {
                 sent = send(&mut writer, &self.output), if has_output => sent,
                 () = service.shutdown.requested(), if !stopped => Next::Shutdown,
             };
-            match next {
-                Next::Finished(result) => {
-                    let id = self.running.take().and_then(|running| running.id);
-                    self.reply(id, result);
-                }
-                Next::Read(Ok(0)) => self.input_ended = true,
-                Next::Read(Ok(count)) => {
-                    let bytes = buffer.get(..count).unwrap_or_default();
-                    self.queue.extend(self.session.feed(bytes));
-                }
-                Next::Written(Ok(count)) if count > 0 => {
-                    self.output.drain(..count);
-                    self.unflushed = true;
-                }
-                Next::Flushed(Ok(())) => self.unflushed = false,
-                Next::Read(Err(_)) | Next::Written(_) | Next::Flushed(Err(_)) => self.lose(),
-                Next::Event(Some(dated)) => {
-                    let bytes = self.session.event(&dated.0, dated.1);
-                    self.say(bytes);
-                }
-                Next::Event(None) => {
-                    events_ended = true;
-                    if !stopped {
-                        tracing::warn!("monitor client disconnected: it does not read its events");
-                        self.lose();
-                    }
-                }
-                Next::Shutdown => {}
+            events_ended |= matches!(next, Next::Event(None));
+            self.take(next, &buffer, stopped);
+        }
+    }
+
+    /// Does what has to be done about what happened; `buffer` is what was read into.
+    fn take(&mut self, next: Next, buffer: &[u8], stopped: bool) {
+        match next {
+            Next::Finished(result) => {
+                let id = self.running.take().and_then(|running| running.id);
+                self.reply(id, result);
             }
+            Next::Read(Ok(0)) => self.input_ended = true,
+            Next::Read(Ok(count)) => {
+                let bytes = buffer.get(..count).unwrap_or_default();
+                self.queue.extend(self.session.feed(bytes));
+            }
+            Next::Written(Ok(count)) if count > 0 => {
+                self.output.drain(..count);
+                self.unflushed = true;
+            }
+            Next::Flushed(Ok(())) => self.unflushed = false,
+            Next::Read(Err(_)) | Next::Written(_) | Next::Flushed(Err(_)) => self.lose(),
+            Next::Event(Some(dated)) => {
+                let bytes = self.session.event(&dated.0, dated.1);
+                self.say(bytes);
+            }
+            Next::Event(None) if !stopped => {
+                tracing::warn!("monitor client disconnected: it does not read its events");
+                self.lose();
+            }
+            Next::Event(None) | Next::Shutdown => {}
         }
     }
 

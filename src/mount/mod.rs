@@ -32,7 +32,7 @@ use stord_qmp::schema::node_info::ImageInfo;
 use crate::daemon::{Daemon, run_local};
 use crate::daemonize::Background;
 use crate::notify;
-use crate::report::{Origin, reason};
+use crate::report::{self, Origin, reason};
 use guess::Format;
 use mountinfo::mount_at;
 use mountpoint::Mountpoint;
@@ -137,7 +137,7 @@ async fn mount(
         mountpoint: mountpoint.path().to_path_buf(),
         created: mountpoint.is_created(),
     })?;
-    report(daemon, args, image, mountpoint).await?;
+    announce(daemon, args, image, mountpoint).await?;
     Ok(registered)
 }
 
@@ -325,7 +325,7 @@ async fn find_partition(daemon: &Daemon, number: u32) -> Result<Partition, Error
 }
 
 /// Says what is there now and how to get rid of it.
-async fn report(
+async fn announce(
     daemon: &Daemon,
     args: &MountArgs,
     image: &Image,
@@ -358,12 +358,12 @@ async fn report(
     }
     details.push_str(if args.read_only { ", read-only" } else { "" });
     let at = mountpoint.path().display();
-    println!("'{shown}' ({details}) is at '{at}'");
-    if args.foreground {
-        println!("Press Ctrl-C to unmount it.");
+    let end = if args.foreground {
+        "Press Ctrl-C to unmount it.".to_owned()
     } else {
-        println!("Unmount it with: stord umount '{at}'");
-    }
+        format!("Unmount it with: stord umount '{at}'")
+    };
+    report::print(&format!("'{shown}' ({details}) is at '{at}'\n{end}\n"));
     Ok(())
 }
 
