@@ -107,6 +107,14 @@ impl<S> Registry<S> {
         begun.unwrap_or_else(|error| Box::pin(std::future::ready(Err(error))))
     }
 
+    /// Why a command is not executed out of band, which none is.
+    pub fn refuse_out_of_band(&self, request: &Request) -> Error {
+        match self.find(&request.command) {
+            Ok(command) => refused_oob(command.name),
+            Err(error) => error,
+        }
+    }
+
     /// Every command, in the order they were added.
     pub fn commands(&self) -> Vec<CommandInfo> {
         let info = |command: &Command<S>| CommandInfo {
@@ -138,15 +146,10 @@ impl<S> Registry<S> {
     }
 
     fn begin(&self, state: Rc<S>, request: Request) -> Result<Execution, Error> {
-        let name = request.command;
-        let known = self.commands.iter().find(|known| known.name == name);
-        let command = known.ok_or_else(|| {
-            let message = format!("The command {name} has not been found");
-            Error::new(ErrorClass::CommandNotFound, message)
-        })?;
         if request.oob {
-            return Err(refused_oob(command.name));
+            return Err(self.refuse_out_of_band(&request));
         }
+        let command = self.find(&request.command)?;
         let arguments = Value::Object(request.arguments);
         let value = match &command.action {
             Action::Handle(handle) => return handle(state, arguments),
@@ -161,6 +164,14 @@ impl<S> Registry<S> {
             }
         };
         Ok(Box::pin(std::future::ready(Ok(value))))
+    }
+
+    fn find(&self, name: &str) -> Result<&Command<S>, Error> {
+        let known = self.commands.iter().find(|known| known.name == name);
+        known.ok_or_else(|| {
+            let message = format!("The command {name} has not been found");
+            Error::new(ErrorClass::CommandNotFound, message)
+        })
     }
 
     fn insert<A: Object, R: Qapi>(

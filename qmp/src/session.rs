@@ -3,7 +3,8 @@
 //! A session begins by negotiating capabilities. Until `qmp_capabilities` has succeeded no other
 //! command is executed and no event is sent. Commands are handed out in the order they came, and
 //! each must be answered by one [`Session::reply`], in that order; the answers that the session can
-//! give itself, to what is no command and to the negotiation, are handed out in their place.
+//! give itself, to what is no command and to the negotiation, are handed out in their place. What
+//! [`Incoming::is_out_of_band`] is answered at once.
 //!
 //! Whatever bytes a client sends, the session stays in step: see [`crate::json`].
 
@@ -44,7 +45,19 @@ pub enum Incoming {
         id: Option<Value>,
         /// The result.
         result: Result<Value, Error>,
+        /// Whether it was asked for out of band.
+        oob: bool,
     },
+}
+
+impl Incoming {
+    /// Whether it is to overtake what came before it and is not settled yet.
+    pub fn is_out_of_band(&self) -> bool {
+        match self {
+            Self::Execute(request) => request.oob,
+            Self::Answer { oob, .. } => *oob,
+        }
+    }
 }
 
 /// A command to execute.
@@ -136,8 +149,14 @@ impl Session {
 impl State {
     /// Decides what to do about a value from the client.
     fn receive(&mut self, value: Result<Value, Error>) -> Incoming {
+        let mut oob = false;
         let (id, request) = match value {
-            Ok(Value::Object(mut members)) => (members.shift_remove("id"), self.request(members)),
+            Ok(Value::Object(mut members)) => {
+                oob = *self == (Self::Ready { oob: true })
+                    && members.contains_key("exec-oob")
+                    && !members.contains_key("execute");
+                (members.shift_remove("id"), self.request(members))
+            }
             Ok(_) => {
                 let message = "QMP input must be a JSON object";
                 (None, Err(Error::generic(message)))
@@ -149,7 +168,7 @@ impl State {
             Ok(request) => return Incoming::Execute(Request { id, ..request }),
             Err(error) => Err(error),
         };
-        Incoming::Answer { id, result }
+        Incoming::Answer { id, result, oob }
     }
 
     /// Reads a command, all of whose members must be known.

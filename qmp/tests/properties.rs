@@ -224,7 +224,7 @@ fn answers(incoming: Vec<Incoming>, session: &Session, bytes: &mut Vec<u8>) {
     for incoming in incoming {
         bytes.extend(match incoming {
             Incoming::Execute(request) => session.reply(request.id, Ok(Value::Null)),
-            Incoming::Answer { id, result } => session.reply(id, result),
+            Incoming::Answer { id, result, .. } => session.reply(id, result),
         });
     }
 }

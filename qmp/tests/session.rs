@@ -23,7 +23,7 @@ fn talk(session: &mut Session, bytes: &[u8]) -> String {
     let answers = session.feed(bytes).into_iter().map(|incoming| {
         let bytes = match incoming {
             Incoming::Execute(request) => session.reply(request.id, Ok(serde_json::json!({}))),
-            Incoming::Answer { id, result } => session.reply(id, result),
+            Incoming::Answer { id, result, .. } => session.reply(id, result),
         };
         String::from_utf8(bytes).expect("output is ASCII")
     });
@@ -96,6 +96,14 @@ fn out_of_band_commands_need_the_capability() {
     );
     let incoming = session.feed(br#"{"exec-oob":"quit"}"#);
     assert!(matches!(&incoming[..], [Incoming::Execute(request)] if request.oob));
+    assert!(incoming.iter().all(Incoming::is_out_of_band));
+    let overtaking = |session: &mut Session, text: &[u8]| -> Vec<bool> {
+        let incoming = session.feed(text);
+        incoming.iter().map(Incoming::is_out_of_band).collect()
+    };
+    let both = br#"{"exec-oob":"quit","execute":"x"} {"execute":"x"} {"exec-oob":7}"#;
+    assert_eq!(overtaking(&mut session, both), [false, false, true]);
+    assert_eq!(overtaking(&mut ready(), both), [false, false, false]);
     assert_eq!(
         talk(&mut session, br#"{"exec-oob":"quit","execute":"x"}"#),
         generic("QMP input member 'execute' clashes with 'exec-oob'")

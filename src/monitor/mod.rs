@@ -6,6 +6,7 @@ pub mod events;
 mod jobs;
 pub mod nodes;
 mod objects;
+mod rate;
 mod session;
 
 use std::rc::Rc;

@@ -1,6 +1,7 @@
 //! Serves one client of a monitor from its greeting to its end.
 //!
-//! Commands are executed one at a time, in the order they came, and answered in that order. Other
+//! Commands are executed one at a time, in the order they came, and answered in that order; as in
+//! the reference's storage daemon none can be executed out of band, which is answered at once. Other
 //! monitors go on meanwhile: nothing here blocks. A command that has begun runs to its end even
 //! if its client is gone. What the daemon holds for a client is bounded: while [`OUTPUT_LIMIT`]
 //! bytes wait to be read by it, or [`QUEUE_LIMIT`] of its commands wait to be executed, nothing
@@ -119,12 +120,12 @@ impl Client {
                 () = service.shutdown.requested(), if !stopped => Next::Shutdown,
             };
             events_ended |= matches!(next, Next::Event(None));
-            self.take(next, &buffer, stopped);
+            self.take(service, next, &buffer);
         }
     }
 
     /// Does what has to be done about what happened; `buffer` is what was read into.
-    fn take(&mut self, next: Next, buffer: &[u8], stopped: bool) {
+    fn take<S>(&mut self, service: &Service<S>, next: Next, buffer: &[u8]) {
         match next {
             Next::Finished(result) => {
                 let id = self.running.take().and_then(|running| running.id);
@@ -133,7 +134,7 @@ impl Client {
             Next::Read(Ok(0)) => self.input_ended = true,
             Next::Read(Ok(count)) => {
                 let bytes = buffer.get(..count).unwrap_or_default();
-                self.queue.extend(self.session.feed(bytes));
+                self.receive(service, bytes);
             }
             Next::Written(Ok(count)) if count > 0 => {
                 self.output.drain(..count);
@@ -145,11 +146,29 @@ impl Client {
                 let bytes = self.session.event(&dated.0, dated.1);
                 self.say(bytes);
             }
-            Next::Event(None) if !stopped => {
+            Next::Event(None) if !service.shutdown.is_requested() => {
                 tracing::warn!("monitor client disconnected: it does not read its events");
                 self.lose();
             }
             Next::Event(None) | Next::Shutdown => {}
+        }
+    }
+
+    /// Queues what the bytes complete. What is out of band overtakes the queue, unless that is full.
+    fn receive<S>(&mut self, service: &Service<S>, bytes: &[u8]) {
+        for incoming in self.session.feed(bytes) {
+            let overtakes = incoming.is_out_of_band() && self.queue.len() < QUEUE_LIMIT;
+            match incoming {
+                Incoming::Answer { id, result, .. } if overtakes => self.reply(id, result),
+                Incoming::Execute(request) if overtakes => {
+                    let error = service.registry.refuse_out_of_band(&request);
+                    self.reply(request.id, Err(error));
+                }
+                waiting => {
+                    self.queue.push_back(waiting);
+                    self.start_commands(service);
+                }
+            }
         }
     }
 
@@ -161,7 +180,7 @@ impl Client {
         {
             match self.queue.pop_front() {
                 None => return,
-                Some(Incoming::Answer { id, result }) => self.reply(id, result),
+                Some(Incoming::Answer { id, result, .. }) => self.reply(id, result),
                 Some(Incoming::Execute(request)) => {
                     tracing::debug!(command = request.command, "execute");
                     self.running = Some(Running {
