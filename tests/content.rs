@@ -5,12 +5,11 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
 use rand::RngExt;
 
 use crate::needs;
 use crate::support::daemon::{Daemon, fuse_args};
+use crate::support::disk::assert_holes_are_zero;
 use crate::support::model::{assert_same, noise, rng};
 use crate::support::{Scratch, direct, qemu};
 
@@ -84,37 +83,6 @@ fn assert_reads_like_qemu_img(scratch: &Scratch, image: &Path) {
 
     assert_holes_are_zero(&what, &buffered, &wanted);
     daemon.stop();
-}
-
-/// SEEK_DATA and SEEK_HOLE tile the file, and what they call a hole reads as zeroes.
-#[track_caller]
-pub fn assert_holes_are_zero(what: &str, file: &File, wanted: &[u8]) -> u64 {
-    let size = i64::try_from(wanted.len()).unwrap();
-    let mut at = 0;
-    let mut data_bytes = 0;
-    while at < size {
-        let data = match lseek(file, at, Whence::SeekData) {
-            Ok(data) => data,
-            Err(Errno::ENXIO) => size,
-            Err(error) => panic!("{what}: SEEK_DATA at {at}: {error}"),
-        };
-        assert!(
-            data >= at,
-            "{what}: SEEK_DATA went back from {at} to {data}"
-        );
-        let hole = usize::try_from(at).unwrap()..usize::try_from(data).unwrap();
-        assert!(
-            wanted[hole.clone()].iter().all(|byte| *byte == 0),
-            "{what}: data lies in the hole {hole:?}"
-        );
-        if data == size {
-            break;
-        }
-        at = lseek(file, data, Whence::SeekHole).unwrap();
-        assert!(at > data, "{what}: the data at {data} has no length");
-        data_bytes += u64::try_from(at - data).unwrap();
-    }
-    data_bytes
 }
 
 fn every_cluster_size(options: &str) {

@@ -12,9 +12,9 @@ use nix::sys::statvfs::statvfs;
 use nix::unistd::{Whence, lseek};
 use serde_json::json;
 
-use crate::content::assert_holes_are_zero;
 use crate::needs;
 use crate::support::daemon::{Daemon, fuse_args, is_qemu};
+use crate::support::disk::assert_holes_are_zero;
 use crate::support::model::{assert_same, noise};
 use crate::support::{Qmp, Scratch, direct, eventually, mounts, qemu, run, run_ok};
 

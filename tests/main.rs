@@ -2,7 +2,17 @@
 
 mod support;
 
+mod bad_images;
 mod bad_input;
 mod content;
+mod crash;
+mod file_systems;
+mod fuse_file;
 mod locking;
+mod memory;
+mod mount_command;
+mod parallel_writes;
+mod qmp_clients;
 mod schema;
+mod sequences;
+mod writes;

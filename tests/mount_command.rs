@@ -30,7 +30,10 @@ fn mount(scratch: &Scratch, args: &[&str], at: &str) -> (Daemon, Ended) {
     let ended = run_to_end(scratch, &[&["mount"], args].concat());
     assert!(ended.success(), "{ended:?}");
     let at = scratch.path(at);
-    assert!(mounts::on(&at).is_some(), "usable once the command has returned: {ended:?}");
+    assert!(
+        mounts::on(&at).is_some(),
+        "usable once the command has returned: {ended:?}"
+    );
     (Daemon::adopt(scratch, serving(&at)), ended)
 }
 
@@ -44,7 +47,9 @@ fn serving(at: &Path) -> i32 {
             let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
             let words: Vec<_> = line.split('\0').collect();
-            let is_at = words.iter().any(|word| *word == at || format!("{word}.raw") == at);
+            let is_at = words
+                .iter()
+                .any(|word| *word == at || format!("{word}.raw") == at);
             exe == program() && words.get(1) == Some(&"mount") && is_at
         })
         .collect();
@@ -65,7 +70,11 @@ fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
     let ended = run_to_end(scratch, args);
     assert_eq!(ended.code, Some(1), "{args:?}: {ended:?}");
     for word in words {
-        assert!(ended.stderr.contains(word), "{args:?}: {word:?} is not in {:?}", ended.stderr);
+        assert!(
+            ended.stderr.contains(word),
+            "{args:?}: {word:?} is not in {:?}",
+            ended.stderr
+        );
     }
     assert_eq!(scratch.names(), before, "{args:?} left something behind");
 }
@@ -78,7 +87,15 @@ fn arg(scratch: &Scratch, name: &str) -> String {
 fn qcow2_with(scratch: &Scratch, name: &str, content: &[u8]) -> String {
     let raw = scratch.file("content", content);
     let image = arg(scratch, name);
-    qemu::img(&["convert", "-f", "raw", "-O", "qcow2", raw.to_str().unwrap(), &image]);
+    qemu::img(&[
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        raw.to_str().unwrap(),
+        &image,
+    ]);
     fs::remove_file(raw).unwrap();
     image
 }
@@ -91,19 +108,39 @@ fn mountpoint_is_created_and_removed() {
     let content = noise(1, 2 << 20);
     let image = qcow2_with(&scratch, "disk.qcow2", &content);
     let (mut daemon, ended) = mount(&scratch, &[&image, &arg(&scratch, "disk.raw")], "disk.raw");
-    assert!(ended.stdout.contains("qcow2") && ended.stdout.contains("2 MiB"), "{ended:?}");
-    assert!(ended.stdout.contains("stord umount"), "how to go on: {ended:?}");
-    assert_same("mount", &fs::read(scratch.path("disk.raw")).unwrap(), &content);
-    let file = OpenOptions::new().write(true).open(scratch.path("disk.raw")).unwrap();
+    assert!(
+        ended.stdout.contains("qcow2") && ended.stdout.contains("2 MiB"),
+        "{ended:?}"
+    );
+    assert!(
+        ended.stdout.contains("stord umount"),
+        "how to go on: {ended:?}"
+    );
+    assert_same(
+        "mount",
+        &fs::read(scratch.path("disk.raw")).unwrap(),
+        &content,
+    );
+    let file = OpenOptions::new()
+        .write(true)
+        .open(scratch.path("disk.raw"))
+        .unwrap();
     file.write_all_at(b"changed", 5000).unwrap();
     drop(file);
     umount(&scratch, &arg(&scratch, "disk.raw"));
-    assert!(!daemon.is_alive(), "umount returns when the daemon has ended");
+    assert!(
+        !daemon.is_alive(),
+        "umount returns when the daemon has ended"
+    );
     daemon.assert_ends_well();
     assert_eq!(scratch.names(), ["disk.qcow2"]);
     let mut wanted = content;
     wanted[5000..5007].copy_from_slice(b"changed");
-    assert_same("image", &qemu::content(&scratch, &scratch.path("disk.qcow2"), "qcow2"), &wanted);
+    assert_same(
+        "image",
+        &qemu::content(&scratch, &scratch.path("disk.qcow2"), "qcow2"),
+        &wanted,
+    );
     qemu::assert_clean(&scratch.path("disk.qcow2"));
 }
 
@@ -123,7 +160,11 @@ fn mountpoint_has_a_default_and_an_existing_one_stays() {
     assert_eq!(scratch.names(), ["disk.qcow2", "mine"]);
     // A default that would hide something is refused.
     scratch.file("disk.qcow2.raw", b"precious");
-    refused(&scratch, &["mount", &image], &["disk.qcow2.raw", "exists already"]);
+    refused(
+        &scratch,
+        &["mount", &image],
+        &["disk.qcow2.raw", "exists already"],
+    );
 }
 
 #[test]
@@ -134,7 +175,11 @@ fn image_over_itself() {
     let content = noise(3, 1 << 20);
     let image = qcow2_with(&scratch, "disk.qcow2", &content);
     let (_daemon, _) = mount(&scratch, &[&image, &image], "disk.qcow2");
-    assert_same("mount", &fs::read(scratch.path("disk.qcow2")).unwrap(), &content);
+    assert_same(
+        "mount",
+        &fs::read(scratch.path("disk.qcow2")).unwrap(),
+        &content,
+    );
     umount(&scratch, &image);
     qemu::assert_clean(&scratch.path("disk.qcow2"));
 }
@@ -152,10 +197,16 @@ fn read_only_lets_nobody_write() {
     let (_second, _) = mount(&scratch, &["--read-only", &image, &arg(&scratch, "n")], "n");
     qemu::img(&["info", &image]);
     let ambiguous = run_to_end(&scratch, &["umount", &image]);
-    assert!(ambiguous.code == Some(1) && ambiguous.stderr.contains("more than once"), "{ambiguous:?}");
+    assert!(
+        ambiguous.code == Some(1) && ambiguous.stderr.contains("more than once"),
+        "{ambiguous:?}"
+    );
     umount(&scratch, &arg(&scratch, "m"));
     umount(&scratch, &arg(&scratch, "n"));
-    assert!(fs::read(&image).unwrap() == before, "not a byte of the image has changed");
+    assert!(
+        fs::read(&image).unwrap() == before,
+        "not a byte of the image has changed"
+    );
 }
 
 #[test]
@@ -169,9 +220,15 @@ fn foreground_ends_on_interrupt() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    eventually("the mount is there", 30, || mounts::on(&scratch.path("m")).is_some());
+    eventually("the mount is there", 30, || {
+        mounts::on(&scratch.path("m")).is_some()
+    });
     assert!(child.try_wait().unwrap().is_none());
-    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), Signal::SIGINT).unwrap();
+    kill(
+        Pid::from_raw(i32::try_from(child.id()).unwrap()),
+        Signal::SIGINT,
+    )
+    .unwrap();
     eventually("it ends", 30, || child.try_wait().unwrap().is_some());
     assert!(child.wait().unwrap().success());
     assert_eq!(scratch.names(), ["disk.qcow2"]);
@@ -186,7 +243,9 @@ fn plain_umount_ends_it_too() {
     let (mut daemon, _) = mount(&scratch, &[&image, &arg(&scratch, "m")], "m");
     run_ok("umount", &[&arg(&scratch, "m")]);
     daemon.assert_ends_well();
-    eventually("the mountpoint goes as well", 30, || scratch.names() == ["disk.qcow2"]);
+    eventually("the mountpoint goes as well", 30, || {
+        scratch.names() == ["disk.qcow2"]
+    });
 }
 
 #[test]
@@ -198,16 +257,26 @@ fn stale_mount_of_a_killed_daemon_is_replaced() {
     let image = qcow2_with(&scratch, "disk.qcow2", &content);
     let (mut daemon, _) = mount(&scratch, &[&image, &arg(&scratch, "m")], "m");
     daemon.kill_hard();
-    assert!(fs::metadata(scratch.path("m")).is_err(), "the mount is dead");
+    assert!(
+        fs::metadata(scratch.path("m")).is_err(),
+        "the mount is dead"
+    );
     let (mut daemon, ended) = mount(&scratch, &[&image, &arg(&scratch, "m")], "m");
-    assert!((ended.stdout.clone() + &ended.stderr).contains("dead"), "it says what it cleared: {ended:?}");
+    assert!(
+        (ended.stdout.clone() + &ended.stderr).contains("dead"),
+        "it says what it cleared: {ended:?}"
+    );
     assert_same("mount", &fs::read(scratch.path("m")).unwrap(), &content);
     assert_eq!(mounts::below(scratch.dir()).len(), 1, "nothing is stacked");
     // And umount clears what a killed daemon leaves.
     daemon.kill_hard();
     umount(&scratch, &arg(&scratch, "m"));
     assert!(mounts::below(scratch.dir()).is_empty());
-    assert_eq!(scratch.names(), ["disk.qcow2"], "the mountpoint had been created for the mount");
+    assert_eq!(
+        scratch.names(),
+        ["disk.qcow2"],
+        "the mountpoint had been created for the mount"
+    );
 }
 
 #[test]
@@ -217,16 +286,25 @@ fn busy_mount_is_not_taken_away_unless_forced() {
     let scratch = Scratch::new();
     let image = qcow2_with(&scratch, "disk.qcow2", &noise(8, 1 << 20));
     let (daemon, _) = mount(&scratch, &[&image, &arg(&scratch, "m")], "m");
-    let file = OpenOptions::new().read(true).write(true).open(scratch.path("m")).unwrap();
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(scratch.path("m"))
+        .unwrap();
     let ended = run_to_end(&scratch, &["umount", &arg(&scratch, "m")]);
-    assert!(ended.code == Some(1) && ended.stderr.contains("busy"), "{ended:?}");
+    assert!(
+        ended.code == Some(1) && ended.stderr.contains("busy"),
+        "{ended:?}"
+    );
     assert!(daemon.is_alive());
     file.write_all_at(b"still served", 0).unwrap();
     let ended = run_to_end(&scratch, &["umount", "--force", &arg(&scratch, "m")]);
     assert!(ended.success(), "{ended:?}");
     assert!(!daemon.is_alive());
     drop(file);
-    assert!(qemu::content(&scratch, &scratch.path("disk.qcow2"), "qcow2").starts_with(b"still served"));
+    assert!(
+        qemu::content(&scratch, &scratch.path("disk.qcow2"), "qcow2").starts_with(b"still served")
+    );
     qemu::assert_clean(&scratch.path("disk.qcow2"));
 }
 
@@ -239,7 +317,10 @@ fn format_is_guessed_safely() {
     let plain = scratch.file("plain.img", &content);
     let plain = plain.to_str().unwrap();
     let (_daemon, ended) = mount(&scratch, &[plain, &arg(&scratch, "m")], "m");
-    assert!((ended.stdout + &ended.stderr).contains("raw"), "it says that it took the image for raw");
+    assert!(
+        (ended.stdout + &ended.stderr).contains("raw"),
+        "it says that it took the image for raw"
+    );
     assert_same("mount", &fs::read(scratch.path("m")).unwrap(), &content);
     umount(&scratch, &arg(&scratch, "m"));
 
@@ -247,17 +328,37 @@ fn format_is_guessed_safely() {
     let image = qcow2_with(&scratch, "disk.qcow2", &content);
     fs::copy(&image, scratch.path("disk.raw")).unwrap();
     let disguised = arg(&scratch, "disk.raw");
-    refused(&scratch, &["mount", &disguised, &arg(&scratch, "m")], &["looks like qcow2", "--format"]);
-    let (_daemon, _) = mount(&scratch, &["--format", "raw", &disguised, &arg(&scratch, "m")], "m");
-    assert_same("as raw", &fs::read(scratch.path("m")).unwrap(), &fs::read(&image).unwrap());
+    refused(
+        &scratch,
+        &["mount", &disguised, &arg(&scratch, "m")],
+        &["looks like qcow2", "--format"],
+    );
+    let (_daemon, _) = mount(
+        &scratch,
+        &["--format", "raw", &disguised, &arg(&scratch, "m")],
+        "m",
+    );
+    assert_same(
+        "as raw",
+        &fs::read(scratch.path("m")).unwrap(),
+        &fs::read(&image).unwrap(),
+    );
     umount(&scratch, &arg(&scratch, "m"));
-    let (_daemon, _) = mount(&scratch, &["--format=qcow2", &disguised, &arg(&scratch, "m")], "m");
+    let (_daemon, _) = mount(
+        &scratch,
+        &["--format=qcow2", &disguised, &arg(&scratch, "m")],
+        "m",
+    );
     assert_same("as qcow2", &fs::read(scratch.path("m")).unwrap(), &content);
     umount(&scratch, &arg(&scratch, "m"));
 
     scratch.file("no.qcow2", &content);
     let no = arg(&scratch, "no.qcow2");
-    refused(&scratch, &["mount", &no, &arg(&scratch, "m")], &["does not look like"]);
+    refused(
+        &scratch,
+        &["mount", &no, &arg(&scratch, "m")],
+        &["does not look like"],
+    );
     let vmdk = arg(&scratch, "disk.vmdk");
     qemu::img(&["create", "-q", "-f", "vmdk", &vmdk, "1M"]);
     refused(&scratch, &["mount", &vmdk, &arg(&scratch, "m")], &["vmdk"]);
@@ -271,9 +372,17 @@ fn other_files_that_the_image_brings_in_are_named() {
     qcow2_with(&scratch, "base.qcow2", &noise(10, 1 << 20));
     let image = scratch.path("top.qcow2");
     qemu::create(&image, 1 << 20, "backing_file=base.qcow2,backing_fmt=qcow2");
-    let (_daemon, ended) = mount(&scratch, &[image.to_str().unwrap(), &arg(&scratch, "m")], "m");
+    let (_daemon, ended) = mount(
+        &scratch,
+        &[image.to_str().unwrap(), &arg(&scratch, "m")],
+        "m",
+    );
     assert!((ended.stdout + &ended.stderr).contains("base.qcow2"));
-    assert_same("mount", &fs::read(scratch.path("m")).unwrap(), &noise(10, 1 << 20));
+    assert_same(
+        "mount",
+        &fs::read(scratch.path("m")).unwrap(),
+        &noise(10, 1 << 20),
+    );
     umount(&scratch, &arg(&scratch, "m"));
 }
 
@@ -285,24 +394,62 @@ fn wrong_use_is_explained_and_leaves_nothing() {
     let image = qcow2_with(&scratch, "disk.qcow2", &noise(11, 1 << 20));
     fs::create_dir(scratch.path("dir")).unwrap();
     let at = arg(&scratch, "m");
-    refused(&scratch, &["mount", &arg(&scratch, "missing"), &at], &["missing", "No such file or directory"]);
-    refused(&scratch, &["mount", &arg(&scratch, "dir"), &at], &["neither a file nor a block device"]);
-    refused(&scratch, &["mount", &image, &arg(&scratch, "dir")], &["directory"]);
-    refused(&scratch, &["mount", &image, &arg(&scratch, "absent/m")], &["No such file or directory"]);
-    refused(&scratch, &["mount", "--partition", "1", &image, &at], &["partition"]);
+    refused(
+        &scratch,
+        &["mount", &arg(&scratch, "missing"), &at],
+        &["missing", "No such file or directory"],
+    );
+    refused(
+        &scratch,
+        &["mount", &arg(&scratch, "dir"), &at],
+        &["neither a file nor a block device"],
+    );
+    refused(
+        &scratch,
+        &["mount", &image, &arg(&scratch, "dir")],
+        &["directory"],
+    );
+    refused(
+        &scratch,
+        &["mount", &image, &arg(&scratch, "absent/m")],
+        &["No such file or directory"],
+    );
+    refused(
+        &scratch,
+        &["mount", "--partition", "1", &image, &at],
+        &["partition"],
+    );
     refused(&scratch, &["mount", "--format=vdi", &image, &at], &["vdi"]);
     refused(&scratch, &["umount", &at], &["is not mounted"]);
     let truncated = scratch.file("short.qcow2", &fs::read(&image).unwrap()[..100]);
-    refused(&scratch, &["mount", truncated.to_str().unwrap(), &at], &["qcow2 header too short"]);
+    refused(
+        &scratch,
+        &["mount", truncated.to_str().unwrap(), &at],
+        &["qcow2 header too short"],
+    );
     let usage = run_to_end(&scratch, &["mount"]);
-    assert!(usage.code == Some(1) && usage.stderr.contains("IMAGE"), "{usage:?}");
+    assert!(
+        usage.code == Some(1) && usage.stderr.contains("IMAGE"),
+        "{usage:?}"
+    );
     let usage = run_to_end(&scratch, &["mound", &image]);
-    assert!(usage.code == Some(1) && usage.stderr.contains("mound"), "{usage:?}");
+    assert!(
+        usage.code == Some(1) && usage.stderr.contains("mound"),
+        "{usage:?}"
+    );
 
     // Mounted already, by this program and by another.
     let (_daemon, _) = mount(&scratch, &[&image, &at], "m");
-    refused(&scratch, &["mount", &image, &arg(&scratch, "n")], &["mounted", "stord umount"]);
-    refused(&scratch, &["mount", "--read-only", &image, &arg(&scratch, "n")], &["lock"]);
+    refused(
+        &scratch,
+        &["mount", &image, &arg(&scratch, "n")],
+        &["mounted", "stord umount"],
+    );
+    refused(
+        &scratch,
+        &["mount", "--read-only", &image, &arg(&scratch, "n")],
+        &["lock"],
+    );
     let other = qcow2_with(&scratch, "other.qcow2", &noise(12, 1 << 20));
     refused(&scratch, &["mount", &other, &at], &["mounted"]);
     umount(&scratch, &at);
@@ -329,17 +476,29 @@ fn partitioned(scratch: &Scratch, label: &str) -> (String, Vec<u8>) {
     content[end - (1 << 20)..].fill(0);
     let raw = scratch.file("partitioned.raw", &content);
     let table = match label {
-        "dos" => "label: dos\nstart=2048,size=8192,type=83\nstart=12288,size=4096,type=83\n\
-                  start=16384,size=28672,type=5\nstart=18432,size=4096,type=83\nstart=24576,size=2048,type=82\n",
+        "dos" => {
+            "label: dos\nstart=2048,size=8192,type=83\nstart=12288,size=4096,type=83\n\
+                  start=16384,size=28672,type=5\nstart=18432,size=4096,type=83\nstart=24576,size=2048,type=82\n"
+        }
         _ => "label: gpt\nstart=2048,size=8192\nstart=12288,size=4096\nstart=18432,size=4096\n",
     };
     let mut sfdisk = Command::new(crate::support::prerequisites::find("sfdisk").unwrap())
-        .args(["--quiet", "--no-reread", "--wipe=never", "--wipe-partitions=never"])
+        .args([
+            "--quiet",
+            "--no-reread",
+            "--wipe=never",
+            "--wipe-partitions=never",
+        ])
         .arg(&raw)
         .stdin(Stdio::piped())
         .spawn()
         .unwrap();
-    sfdisk.stdin.take().unwrap().write_all(table.as_bytes()).unwrap();
+    sfdisk
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(table.as_bytes())
+        .unwrap();
     assert!(sfdisk.wait().unwrap().success());
     let content = fs::read(&raw).unwrap();
     fs::remove_file(raw).unwrap();
@@ -352,26 +511,64 @@ fn one_partition_of_an_image() {
     needs!(root, "qemu-img", "sfdisk");
     let at = |start: usize, sectors: usize| start * 512..(start + sectors) * 512;
     for (label, parts) in [
-        ("gpt", vec![(1, at(2048, 8192)), (2, at(12288, 4096)), (3, at(18432, 4096))]),
-        ("dos", vec![(1, at(2048, 8192)), (2, at(12288, 4096)), (5, at(18432, 4096)), (6, at(24576, 2048))]),
+        (
+            "gpt",
+            vec![
+                (1, at(2048, 8192)),
+                (2, at(12288, 4096)),
+                (3, at(18432, 4096)),
+            ],
+        ),
+        (
+            "dos",
+            vec![
+                (1, at(2048, 8192)),
+                (2, at(12288, 4096)),
+                (5, at(18432, 4096)),
+                (6, at(24576, 2048)),
+            ],
+        ),
     ] {
         let scratch = Scratch::new();
         let (image, mut content) = partitioned(&scratch, label);
         for (number, range) in parts {
             let number = number.to_string();
-            let (_daemon, ended) = mount(&scratch, &["--partition", &number, &image, &arg(&scratch, "m")], "m");
-            assert!(ended.stdout.contains(&format!("partition {number}")), "{ended:?}");
-            assert_same(&format!("{label} {number}"), &fs::read(scratch.path("m")).unwrap(), &content[range.clone()]);
+            let (_daemon, ended) = mount(
+                &scratch,
+                &["--partition", &number, &image, &arg(&scratch, "m")],
+                "m",
+            );
+            assert!(
+                ended.stdout.contains(&format!("partition {number}")),
+                "{ended:?}"
+            );
+            assert_same(
+                &format!("{label} {number}"),
+                &fs::read(scratch.path("m")).unwrap(),
+                &content[range.clone()],
+            );
             // A write lands in the partition, and nothing gets past its end.
-            let file = OpenOptions::new().write(true).open(scratch.path("m")).unwrap();
-            file.write_all_at(b"at the end", (range.len() - 10) as u64).unwrap();
+            let file = OpenOptions::new()
+                .write(true)
+                .open(scratch.path("m"))
+                .unwrap();
+            file.write_all_at(b"at the end", (range.len() - 10) as u64)
+                .unwrap();
             assert!(file.write_at(b"past it", range.len() as u64).is_err());
             content[range.end - 10..range.end].copy_from_slice(b"at the end");
             drop(file);
             umount(&scratch, &arg(&scratch, "m"));
         }
-        refused(&scratch, &["mount", "--partition=9", &image, &arg(&scratch, "m")], &["9"]);
-        refused(&scratch, &["mount", "--partition=0", &image, &arg(&scratch, "m")], &["0"]);
+        refused(
+            &scratch,
+            &["mount", "--partition=9", &image, &arg(&scratch, "m")],
+            &["9"],
+        );
+        refused(
+            &scratch,
+            &["mount", "--partition=0", &image, &arg(&scratch, "m")],
+            &["0"],
+        );
         let image = scratch.path("partitioned.qcow2");
         assert_same(label, &qemu::content(&scratch, &image, "qcow2"), &content);
         qemu::assert_clean(&image);
@@ -418,14 +615,21 @@ fn help_is_for_people() {
     only_stord!();
     let scratch = Scratch::new();
     for (args, words) in [
-        (&["mount", "--help"][..], &["--read-only", "--foreground", "--partition", "--format"][..]),
+        (
+            &["mount", "--help"][..],
+            &["--read-only", "--foreground", "--partition", "--format"][..],
+        ),
         (&["umount", "--help"], &["--force"]),
         (&["--help"], &["mount"]),
     ] {
         let ended = run_to_end(&scratch, args);
         assert!(ended.success(), "{ended:?}");
         for word in words {
-            assert!(ended.stdout.contains(word), "{args:?}: {word} is not in {}", ended.stdout);
+            assert!(
+                ended.stdout.contains(word),
+                "{args:?}: {word} is not in {}",
+                ended.stdout
+            );
         }
     }
 }

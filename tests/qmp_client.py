@@ -39,7 +39,10 @@ async def main(socket, image, mountpoint):
         seen['event'] = event['data']
     await client.execute('blockdev-del', {'node-name': 'disk'})
     await client.execute('quit')
-    await client.disconnect()
+    try:
+        await client.disconnect()
+    except EOFError:
+        pass  # the daemon, told to quit, has closed the connection first
     print(json.dumps(seen))
 
 

@@ -12,7 +12,6 @@ use nix::unistd::geteuid;
 use serde_json::{Value, json};
 use stord_qmp::Error;
 
-use super::mountinfo::mount_at;
 use crate::report::reason;
 
 /// A mount.
@@ -94,7 +93,6 @@ impl Registry {
     /// # Errors
     /// The directory cannot be made, written or trusted.
     pub fn register(&self, entry: &Entry) -> Result<Registered, Error> {
-        self.forget_dead();
         self.try_register(entry).map_err(|error| {
             let reason = reason(&error);
             Error::generic(format!(
@@ -103,15 +101,6 @@ impl Registry {
             ))
             .with_source(error)
         })
-    }
-
-    /// Removes the entries of processes that are gone and have left nothing at their mountpoint.
-    fn forget_dead(&self) {
-        for found in self.list() {
-            if !found.is_alive() && mount_at(&found.entry.mountpoint).is_none() {
-                found.remove();
-            }
-        }
     }
 
     fn try_register(&self, entry: &Entry) -> io::Result<Registered> {
@@ -241,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn entry_of_a_dead_process_goes_with_the_next_mount() {
+    fn entry_of_a_dead_process_is_told_and_removed() {
         let dir = tempfile::tempdir().expect("a directory");
         let registry = Registry(dir.path().to_path_buf());
         let path = dir.path().join("1.json");
@@ -250,7 +239,7 @@ mod tests {
         let found = registry.list();
         assert_eq!(found.len(), 1);
         assert!(!found[0].is_alive());
-        drop(registry.register(&entry()).expect("a directory of ours"));
+        found[0].remove();
         assert!(!path.exists());
     }
 }

@@ -6,16 +6,17 @@
 
 pub mod daemon;
 pub mod direct;
+pub mod disk;
 pub mod loop_device;
 pub mod model;
 pub mod mounts;
 pub mod prerequisites;
 pub mod qemu;
 pub mod qmp;
+pub mod refusal;
 pub mod run;
 pub mod scratch;
 
-pub use daemon::Daemon;
 pub use prerequisites::{needs, needs_root};
 pub use qmp::Qmp;
 pub use run::{run, run_ok};

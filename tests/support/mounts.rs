@@ -10,10 +10,6 @@ use nix::mount::{MntFlags, umount2};
 pub struct Mount {
     /// Where it is mounted.
     pub at: PathBuf,
-    /// The file system type, such as `fuse`.
-    pub fs_type: String,
-    /// The file system's own name for what is mounted.
-    pub source: String,
     /// Options of the mount and of the file system, comma separated.
     pub options: String,
 }
@@ -29,8 +25,6 @@ pub fn all() -> Vec<Mount> {
             let right: Vec<&str> = right.split(' ').collect();
             Mount {
                 at: PathBuf::from(left[4].replace("\\040", " ")),
-                fs_type: right[0].to_owned(),
-                source: right[1].replace("\\040", " "),
                 options: format!("{},{}", left[5], right[2]),
             }
         })

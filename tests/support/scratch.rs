@@ -1,9 +1,12 @@
-//! A directory of the test's own. Dropping it detaches the loop devices on files below it, unmounts whatever is mounted
-//! below it and removes it, also while a test panics.
+//! A directory of the test's own. Dropping it kills what still works with it, detaches the loop devices on files below it,
+//! unmounts whatever is mounted below it and removes it, also while a test panics.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::mounts;
 use super::run::run;
@@ -73,8 +76,24 @@ impl Scratch {
     }
 }
 
+/// The processes that have the directory in their command line.
+fn processes_naming(dir: &Path) -> Vec<i32> {
+    let dir = dir.to_string_lossy().into_owned();
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&dir)
+    })
+    .collect()
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
+        // Daemons whose guard a failing test did not get round to.
+        for pid in processes_naming(self.dir()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
         // A loop device can sit on a mount and carry a mount: go on as long as something was undone.
         for _ in 0..4 {
             let mut undone = false;
