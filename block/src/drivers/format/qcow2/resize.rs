@@ -45,6 +45,12 @@ impl Image {
             self.children.truncate(DATA_FILE, size, exact).await?;
         }
         self.zero_new_part(old, size).await?;
+        // On disk, too, the new part reads as zeroes before it shows.
+        self.write_back().await?;
+        if self.geometry.data_file {
+            self.children.flush(DATA_FILE).await?;
+        }
+        self.children.flush(FILE).await?;
         self.set_size(size).await
     }
 

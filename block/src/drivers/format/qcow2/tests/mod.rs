@@ -1,5 +1,6 @@
 //! Tests of the driver over a disk in memory, and against QEMU's tools where those are installed.
 
+mod crash;
 mod harness;
 mod model;
 mod reading;
