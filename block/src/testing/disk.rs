@@ -40,7 +40,7 @@ pub(crate) enum Fault {
 }
 
 type FaultCheck = Box<dyn FnMut(Fault, u64, u64) -> Option<Errno> + Send>;
-type HoldCheck = Box<dyn FnMut(u64, u64) -> bool + Send>;
+type HoldCheck = Box<dyn FnMut(Fault, u64, u64) -> bool + Send>;
 
 #[derive(Default)]
 struct Inner {
@@ -50,7 +50,6 @@ struct Inner {
     hold: Option<HoldCheck>,
     /// Requests held back so far.
     held: usize,
-    counts: [u64; 4],
 }
 
 /// The disk; clones are the same disk.
@@ -58,7 +57,6 @@ struct Inner {
 pub(crate) struct MemoryDisk {
     inner: Arc<Mutex<Inner>>,
     released: Arc<Notify>,
-    limits: Limits,
 }
 
 impl MemoryDisk {
@@ -66,12 +64,6 @@ impl MemoryDisk {
         let disk = Self::default();
         disk.lock().bytes = bytes;
         disk
-    }
-
-    /// The same with other limits.
-    pub(crate) fn with_limits(mut self, limits: Limits) -> Self {
-        self.limits = limits;
-        self
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -115,19 +107,19 @@ impl MemoryDisk {
         self.lock().fault = None;
     }
 
-    /// Holds back the writes for which `check` says so, by offset and length, until `release`.
-    pub(crate) fn hold(&self, check: impl FnMut(u64, u64) -> bool + Send + 'static) {
+    /// Holds back the requests for which `check` says so, by kind, offset and length, until `release`.
+    pub(crate) fn hold(&self, check: impl FnMut(Fault, u64, u64) -> bool + Send + 'static) {
         self.lock().hold = Some(Box::new(check));
     }
 
-    /// Waits until that many writes are held back.
+    /// Waits until that many requests are held back.
     pub(crate) async fn wait_held(&self, count: usize) {
         while self.lock().held < count {
             yield_now().await;
         }
     }
 
-    /// Lets go of all writes held back, and holds back no more.
+    /// Lets go of all requests held back, and holds back no more.
     pub(crate) fn release(&self) {
         {
             let mut inner = self.lock();
@@ -135,11 +127,6 @@ impl MemoryDisk {
             inner.held = 0;
         }
         self.released.notify_waiters();
-    }
-
-    /// Requests of a kind so far.
-    pub(crate) fn count(&self, kind: Fault) -> u64 {
-        self.lock().counts[kind as usize]
     }
 
     /// Runs `work` on the disk as a task of its own.
@@ -156,9 +143,10 @@ impl MemoryDisk {
             yield_now().await;
             let held = {
                 let mut inner = disk.lock();
-                inner.counts[kind as usize] += 1;
-                let hold = kind == Fault::Write
-                    && inner.hold.as_mut().is_some_and(|hold| hold(offset, len));
+                let hold = inner
+                    .hold
+                    .as_mut()
+                    .is_some_and(|hold| hold(kind, offset, len));
                 hold.then(|| {
                     inner.held += 1;
                     Arc::clone(&disk.released).notified_owned()
@@ -213,7 +201,7 @@ impl Inner {
 
 impl Protocol for MemoryDisk {
     fn limits(&self) -> Limits {
-        self.limits
+        Limits::default()
     }
 
     fn length(&self) -> u64 {
@@ -269,7 +257,7 @@ impl Protocol for MemoryDisk {
     fn flush<'a>(&'a self) -> IoFuture<'a> {
         let covers = self.journal_len();
         self.request(Fault::Flush, 0, 0, move |inner| {
-            inner.note(|| Operation::Flush { covers })
+            inner.note(|| Operation::Flush { covers });
         })
     }
 

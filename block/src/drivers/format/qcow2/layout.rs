@@ -105,6 +105,19 @@ pub(super) struct RawBitmapsExtension {
     pub(super) directory_offset: U64,
 }
 
+/// The fixed part of a bitmap directory entry.
+#[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct RawBitmapEntry {
+    pub(super) table_offset: U64,
+    pub(super) table_size: U32,
+    pub(super) flags: U32,
+    pub(super) kind: u8,
+    pub(super) granularity_bits: u8,
+    pub(super) name_size: U16,
+    pub(super) extra_data_size: U32,
+}
+
 /// The fixed part of a snapshot table entry.
 #[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]

@@ -101,6 +101,9 @@ pub async fn open(
         resizing: sync::Mutex::new(()),
         cleaning: Cleaning::default(),
     };
+    if writable && image.header().incompatible().contains(Incompatible::DIRTY) {
+        image.repair_dirty().await?;
+    }
     let image = Arc::new(image);
     image.start_cleaning();
     Ok(Qcow2(image))

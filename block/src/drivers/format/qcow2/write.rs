@@ -192,7 +192,8 @@ impl Image {
             (request.start..end, PieceSource::Payload),
             (end..high, tail),
         ] {
-            if !range.is_empty() && !(source == PieceSource::Zeroes && fresh) {
+            let is_there_already = source == PieceSource::Zeroes && fresh;
+            if !range.is_empty() && !is_there_already {
                 pieces.push(WritePiece {
                     guest: range.start,
                     len: range.end - range.start,

@@ -75,7 +75,7 @@ impl Setup {
     pub(super) async fn open(self) -> Result<Image, Error> {
         let children = Children::new(&["file", "backing", "data-file"]);
         let put = |child: ChildId, node: Option<Arc<Node>>| {
-            children.edges()[usize::from(child.0)].set_node(node)
+            children.edges()[usize::from(child.0)].set_node(node);
         };
         put(FILE, Some(leaf(&self.file)));
         put(BACKING, self.backing);

@@ -12,6 +12,9 @@ use crate::driver::ZeroFlags;
 use crate::io;
 use crate::testing::{MemoryDisk, Random, leaf};
 
+/// A range of bytes of the model.
+type Span = std::ops::Range<usize>;
+
 /// What an image is made and driven with.
 #[derive(Clone, Default)]
 pub(super) struct Kind {
@@ -83,7 +86,7 @@ impl Made {
                     if at / 30_000 % 3 == 0 {
                         0
                     } else {
-                        (at % 251) as u8
+                        u8::try_from(at % 251).expect("a byte")
                     }
                 })
                 .collect();
@@ -181,7 +184,7 @@ pub(super) struct Guest {
     pub(super) content: Rc<RefCell<Vec<u8>>>,
     pub(super) ranges: Rc<RangeLock>,
     /// Requests may fail; what they were to change is then unknown.
-    pub(super) unsure: Rc<RefCell<Vec<std::ops::Range<usize>>>>,
+    pub(super) unsure: Rc<RefCell<Vec<Span>>>,
 }
 
 impl Guest {
@@ -194,7 +197,7 @@ impl Guest {
         }
     }
 
-    fn range(&self, random: &mut Random) -> std::ops::Range<usize> {
+    fn range(&self, random: &mut Random) -> Span {
         let size = self.content.borrow().len() as u64;
         let unit = [1, 512, 4096, 65536][usize::try_from(random.below(4)).expect("small")];
         let start = random.below(size) / unit * unit;
@@ -219,7 +222,7 @@ impl Guest {
                 let fill = random.next();
                 let data: Vec<u8> = range
                     .clone()
-                    .map(|at| (at as u64 ^ fill).wrapping_mul(0x9e37_79b9) as u8)
+                    .map(|at| (at as u64 ^ fill).wrapping_mul(0x9e37_79b9).to_le_bytes()[1])
                     .collect();
                 let result = self.image.write(start, &data).await;
                 self.done(range, result, |content| content.copy_from_slice(&data))?;
@@ -238,9 +241,10 @@ impl Guest {
                 let _held = self.ranges.lock(start..end).await;
                 let result = io::discard(node, start, end - start).await;
                 // Anything may have become of it: ask.
-                let _ = self.done(range.clone(), result, |_| {});
+                let was_unsure = self.unsure.borrow().clone();
                 self.unsure.borrow_mut().push(range.clone());
-                self.learn(&range).await?;
+                self.learn(&range, result.is_ok().then_some(&was_unsure))
+                    .await?;
                 result?;
             }
             14..=17 => {
@@ -256,7 +260,7 @@ impl Guest {
 
     fn done(
         &self,
-        range: std::ops::Range<usize>,
+        range: Span,
         result: Result<(), Errno>,
         change: impl FnOnce(&mut [u8]),
     ) -> Result<(), Errno> {
@@ -264,26 +268,46 @@ impl Guest {
             self.unsure.borrow_mut().push(range);
             return result;
         }
+        self.is_sure(&range);
         change(&mut self.content.borrow_mut()[range]);
         Ok(())
     }
 
+    fn is_sure(&self, range: &Span) {
+        let mut unsure = self.unsure.borrow_mut();
+        let old = std::mem::take(&mut *unsure);
+        for other in old {
+            unsure.extend(
+                [
+                    other.start..other.end.min(range.start),
+                    other.start.max(range.end)..other.end,
+                ]
+                .into_iter()
+                .filter(|part| !part.is_empty()),
+            );
+        }
+    }
+
     /// Takes over what is there in a range whose content is unknown.
-    async fn learn(&self, range: &std::ops::Range<usize>) -> Result<(), Errno> {
+    async fn learn(&self, range: &Span, was_unsure: Option<&Vec<Span>>) -> Result<(), Errno> {
         let read = self.image.read(range.start as u64, range.len()).await?;
         let was = self.content.borrow()[range.clone()].to_vec();
-        for (now, was) in read.iter().zip(&was) {
+        let is_unsure = |at: usize| {
+            was_unsure.is_none_or(|unsure| unsure.iter().any(|other| other.contains(&at)))
+        };
+        for ((at, now), was) in range.clone().zip(&read).zip(&was) {
+            let fits = now == was || *now == 0;
             assert!(
-                now == was || *now == 0,
+                fits || is_unsure(at),
                 "a discard left other content than zeroes"
             );
         }
         self.content.borrow_mut()[range.clone()].copy_from_slice(&read);
-        self.unsure.borrow_mut().retain(|other| other != range);
+        self.is_sure(range);
         Ok(())
     }
 
-    fn compare(&self, range: &std::ops::Range<usize>, read: &[u8]) {
+    fn compare(&self, range: &Span, read: &[u8]) {
         let content = self.content.borrow();
         let unsure = self.unsure.borrow();
         for (at, (ours, theirs)) in range.clone().zip(read.iter().zip(&content[range.clone()])) {
@@ -318,6 +342,74 @@ pub(super) fn seeds(default: u64) -> std::ops::Range<u64> {
         .and_then(|first| first.parse().ok())
         .unwrap_or(0);
     first..first + count
+}
+
+/// Fails one in `n` requests, of all kinds.
+fn fail_sometimes(disk: &MemoryDisk, seed: u64, n: u64) {
+    let mut random = Random::new(seed);
+    disk.fail(move |_, _, _| {
+        let errno = if random.one_in(2) {
+            Errno::EIO
+        } else {
+            Errno::ENOSPC
+        };
+        random.one_in(n).then_some(errno)
+    });
+}
+
+#[test]
+fn survives_a_failing_disk() {
+    for kind in kinds() {
+        for seed in seeds(2) {
+            let made = Made::new(&kind);
+            let setup = made.setup();
+            let (content, disk) = (made.content.clone(), made.file.clone());
+            let what = format!(
+                "{} backing={} seed {seed}, failing",
+                kind.options, kind.backing
+            );
+            let content = sim::run(seed, || async move {
+                let guest = Guest::new(setup.open().await.expect("opens"), content);
+                for round in 0..3 {
+                    fail_sometimes(&disk, seed + round, 4 + 20 * round);
+                    let workers = (0..4).map(|worker| {
+                        let guest = guest.clone();
+                        async move {
+                            let mut random = Random::new(seed * 1000 + 10 * round + worker);
+                            for _ in 0..20 {
+                                // Requests fail; what is there afterwards is what counts.
+                                let _ = guest.step(&mut random).await;
+                            }
+                        }
+                    });
+                    join_all(workers.collect()).await;
+                    disk.heal();
+                    let read = guest
+                        .image
+                        .read_all()
+                        .await
+                        .expect("the disk is healthy again");
+                    guest.compare(&(0..read.len()), &read);
+                }
+                guest
+                    .image
+                    .flush()
+                    .await
+                    .expect("the disk is healthy again");
+                let read = guest.image.read_all().await.expect("reads");
+                guest.compare(&(0..read.len()), &read);
+                guest.image.clone().close().await.expect("closes");
+                read
+            });
+            check(
+                &made.file.bytes(),
+                made.backing.as_deref(),
+                &content,
+                &what,
+                true,
+            );
+        }
+    }
 }
 
 #[test]

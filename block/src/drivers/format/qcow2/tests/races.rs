@@ -1,0 +1,335 @@
+//! Races: requests that meet in one cluster, with the disk holding chosen requests back so that they meet in the worst moment.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use stord_aio::{Errno, sim, spawn_local, yield_now};
+
+use super::harness::{Image, Setup, assert_same, created};
+use super::model::check;
+use crate::driver::ZeroFlags;
+use crate::io;
+use crate::testing::{Fault, MemoryDisk};
+
+const CLUSTER: u64 = 4096;
+const CLUSTER_BYTES: usize = 4096;
+const SIZE: usize = 1 << 20;
+const SEEDS: u64 = 20;
+
+fn disk() -> MemoryDisk {
+    MemoryDisk::new(created("cluster_size=4k", &SIZE.to_string()))
+}
+
+async fn opened(disk: &MemoryDisk) -> Image {
+    Setup::new(disk).open().await.expect("opens")
+}
+
+/// Runs `work` as a task; the flag says whether it has ended.
+fn start(work: impl Future<Output = ()> + 'static) -> Rc<Cell<bool>> {
+    let ended = Rc::new(Cell::new(false));
+    let flag = Rc::clone(&ended);
+    spawn_local(async move {
+        work.await;
+        flag.set(true);
+    });
+    ended
+}
+
+async fn until(ended: &Cell<bool>) {
+    while !ended.get() {
+        yield_now().await;
+    }
+}
+
+async fn a_while() {
+    for _ in 0..200 {
+        yield_now().await;
+    }
+}
+
+async fn closed(image: Image, disk: &MemoryDisk, what: &str) {
+    let content = image.read_all().await.expect("reads");
+    image.close().await.expect("closes");
+    check(&disk.bytes(), None, &content, what, false);
+}
+
+#[test]
+fn write_to_reused_cluster_hides_old_data() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            image
+                .write(0, &[0xaa; 8 * CLUSTER_BYTES])
+                .await
+                .expect("writes");
+            image.flush().await.expect("flushes");
+            io::discard(&image.0, 0, 8 * CLUSTER)
+                .await
+                .expect("discards");
+            image.flush().await.expect("flushes");
+            let before = disk.len();
+            for cluster in 0..8 {
+                image
+                    .write(SIZE as u64 / 2 + cluster * CLUSTER + 512, &[0xbb; 512])
+                    .await
+                    .expect("writes");
+            }
+            let mut expected = vec![0; CLUSTER_BYTES];
+            expected[512..1024].fill(0xbb);
+            for cluster in 0..8 {
+                let read = image
+                    .read(SIZE as u64 / 2 + cluster * CLUSTER, CLUSTER_BYTES)
+                    .await
+                    .expect("reads");
+                assert_same(&read, &expected, "a reused cluster");
+            }
+            assert!(
+                disk.len() <= before + CLUSTER,
+                "the discarded space was not used again"
+            );
+            closed(image, &disk, "after reuse").await;
+        });
+    }
+}
+
+#[test]
+fn read_in_flight_never_sees_who_got_its_cluster() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            image
+                .write(0, &[0xaa; CLUSTER_BYTES])
+                .await
+                .expect("writes");
+            image.flush().await.expect("flushes");
+            disk.hold(|kind, _, len| kind == Fault::Read && len == CLUSTER);
+            let reader = image.clone();
+            let ended = start(async move {
+                let read = reader.read(0, CLUSTER_BYTES).await.expect("reads");
+                assert!(
+                    read.iter().all(|&byte| byte == 0xaa || byte == 0),
+                    "other data shows"
+                );
+            });
+            disk.wait_held(1).await;
+            io::discard(&image.0, 0, CLUSTER).await.expect("discards");
+            image.flush().await.expect("flushes");
+            image
+                .write(SIZE as u64 / 2, &[0xbb; 4 * CLUSTER_BYTES])
+                .await
+                .expect("writes");
+            disk.release();
+            until(&ended).await;
+            closed(image, &disk, "after the read").await;
+        });
+    }
+}
+
+#[test]
+fn overwrite_in_flight_does_not_hit_who_got_its_cluster() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            image
+                .write(0, &[0xaa; CLUSTER_BYTES])
+                .await
+                .expect("writes");
+            image.flush().await.expect("flushes");
+            disk.hold(|kind, _, len| kind == Fault::Write && len == 512);
+            let writer = image.clone();
+            let ended = start(async move { writer.write(0, &[0xcc; 512]).await.expect("writes") });
+            disk.wait_held(1).await;
+            io::discard(&image.0, 0, CLUSTER).await.expect("discards");
+            image.flush().await.expect("flushes");
+            image
+                .write(SIZE as u64 / 2, &[0xbb; 4 * CLUSTER_BYTES])
+                .await
+                .expect("writes");
+            disk.release();
+            until(&ended).await;
+            let read = image
+                .read(SIZE as u64 / 2, 4 * CLUSTER_BYTES)
+                .await
+                .expect("reads");
+            assert_same(&read, &[0xbb; 4 * CLUSTER_BYTES], "who got the cluster");
+            closed(image, &disk, "after the overwrite").await;
+        });
+    }
+}
+
+#[test]
+fn writes_to_one_new_cluster_allocate_it_once() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            image
+                .write(SIZE as u64 / 2, &[1; 512])
+                .await
+                .expect("writes");
+            let before = disk.len();
+            let writers: Vec<_> = (0..8u8)
+                .map(|part| {
+                    let image = image.clone();
+                    start(async move {
+                        image
+                            .write(u64::from(part) * 512, &[part + 1; 512])
+                            .await
+                            .expect("writes");
+                    })
+                })
+                .collect();
+            for ended in &writers {
+                until(ended).await;
+            }
+            let expected: Vec<u8> = (0..8u8).flat_map(|part| [part + 1; 512]).collect();
+            assert_same(
+                &image.read(0, CLUSTER_BYTES).await.expect("reads"),
+                &expected,
+                "the cluster",
+            );
+            assert!(disk.len() <= before + 2 * CLUSTER);
+            closed(image, &disk, "after the writes").await;
+        });
+    }
+}
+
+#[test]
+fn discard_and_zeroes_wait_for_an_allocation_in_flight() {
+    for seed in 0..SEEDS {
+        for discard in [true, false] {
+            sim::run(seed, || async move {
+                let disk = disk();
+                let image = opened(&disk).await;
+                disk.hold(|kind, offset, _| kind == Fault::Write && offset >= CLUSTER);
+                let writer = image.clone();
+                let written = start(async move {
+                    writer
+                        .write(0, &[0xaa; CLUSTER_BYTES])
+                        .await
+                        .expect("writes");
+                });
+                disk.wait_held(1).await;
+                let other = image.clone();
+                let gone = start(async move {
+                    if discard {
+                        io::discard(&other.0, 0, CLUSTER).await.expect("discards");
+                    } else {
+                        io::write_zeroes(&other.0, 0, CLUSTER, ZeroFlags::MAY_UNMAP)
+                            .await
+                            .expect("zeroes");
+                    }
+                });
+                a_while().await;
+                assert!(!gone.get(), "it did not wait");
+                disk.release();
+                until(&written).await;
+                until(&gone).await;
+                closed(image, &disk, "after both").await;
+            });
+        }
+    }
+}
+
+#[test]
+fn failed_write_gives_its_cluster_back() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            image
+                .write(SIZE as u64 / 2, &[1; 512])
+                .await
+                .expect("writes");
+            disk.fail(|kind, _, _| (kind == Fault::Write).then_some(Errno::EIO));
+            assert_eq!(
+                image.write(0, &[0xaa; 3 * CLUSTER_BYTES]).await,
+                Err(Errno::EIO)
+            );
+            disk.heal();
+            assert_same(
+                &image.read(0, CLUSTER_BYTES).await.expect("reads"),
+                &[0; CLUSTER_BYTES],
+                "nothing was written",
+            );
+            closed(image, &disk, "after the failure").await;
+        });
+    }
+}
+
+#[test]
+fn change_during_a_flush_is_not_lost() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            image.write(0, &[0xaa; 512]).await.expect("writes");
+            let flushes = Cell::new(0);
+            // Metadata is written between two flushes.
+            disk.hold(move |kind, _, _| {
+                flushes.set(flushes.get() + u32::from(kind == Fault::Flush));
+                kind == Fault::Write && flushes.get() > 0
+            });
+            let flusher = image.clone();
+            let flushed = start(async move { flusher.flush().await.expect("flushes") });
+            a_while().await;
+            let writer = image.clone();
+            let written =
+                start(async move { writer.write(CLUSTER, &[0xbb; 512]).await.expect("writes") });
+            a_while().await;
+            disk.release();
+            until(&flushed).await;
+            until(&written).await;
+            image.flush().await.expect("flushes");
+            let reopened = opened(&MemoryDisk::new(disk.bytes())).await;
+            assert_same(
+                &reopened.read(0, 512).await.expect("reads"),
+                &[0xaa; 512],
+                "before the flush",
+            );
+            assert_same(
+                &reopened.read(CLUSTER, 512).await.expect("reads"),
+                &[0xbb; 512],
+                "during the flush",
+            );
+            closed(image, &disk, "after both").await;
+        });
+    }
+}
+
+#[test]
+fn failed_flush_can_be_repeated() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            for cluster in 0..100 {
+                image
+                    .write(cluster * 2 * CLUSTER, &[0xaa; 512])
+                    .await
+                    .expect("writes");
+            }
+            let mut left = seed % 4;
+            disk.fail(move |kind, _, _| {
+                let fails = kind != Fault::Read && left == 0;
+                left = left.saturating_sub(1);
+                fails.then_some(Errno::EIO)
+            });
+            assert_eq!(image.flush().await, Err(Errno::EIO));
+            disk.heal();
+            image.flush().await.expect("flushes");
+            let reopened = opened(&MemoryDisk::new(disk.bytes())).await;
+            for cluster in 0..100 {
+                let read = reopened
+                    .read(cluster * 2 * CLUSTER, 512)
+                    .await
+                    .expect("reads");
+                assert_same(&read, &[0xaa; 512], "flushed at last");
+            }
+            closed(image, &disk, "after the failure").await;
+        });
+    }
+}
