@@ -15,6 +15,7 @@
 use std::cell::{Cell, RefCell};
 
 use stord_aio::{IoBuffer, IoVec};
+use zerocopy::IntoBytes as _;
 
 use super::abi::{InHeader, OutHeader, WriteIn};
 
@@ -34,7 +35,9 @@ const KEPT_TOUCHED: usize = 16 << 10;
 const KEPT: usize = 64;
 
 /// Memory for one request and its reply.
-pub(super) struct RequestBuffer {
+pub(super) struct RequestBuffer(Box<Parts>);
+
+struct Parts {
     memory: IoBuffer,
     request: IoVec,
     payload: IoBuffer,
@@ -45,38 +48,38 @@ pub(super) struct RequestBuffer {
 impl RequestBuffer {
     fn new() -> Self {
         let memory = IoBuffer::zeroed(PAYLOAD_AT + MAX_PAYLOAD);
-        Self {
+        Self(Box::new(Parts {
             request: memory.slice(REQUEST_AT..memory.len()).into(),
             payload: memory.slice(PAYLOAD_AT..memory.len()),
             memory,
             touched: 0,
-        }
+        }))
     }
 
     /// Where the device's next request goes.
     pub(super) fn request(&self) -> &IoVec {
-        &self.request
+        &self.0.request
     }
 
     /// Copies the beginning of the request.
     pub(super) fn read_request(&self, at: usize, out: &mut [u8]) {
-        self.memory.read_at(REQUEST_AT + at, out);
+        self.0.memory.read_at(REQUEST_AT + at, out);
     }
 
     /// Where payloads are.
     pub(super) fn payload(&self) -> &IoBuffer {
-        &self.payload
+        &self.0.payload
     }
 
     /// Notes that so many bytes of payload have been used.
     pub(super) fn touch(&mut self, bytes: usize) {
-        self.touched = self.touched.max(bytes);
+        self.0.touched = self.0.touched.max(bytes);
     }
 
     /// Puts a header in front of the payload, of which `len` bytes belong to the reply. Gives the whole reply.
-    pub(super) fn reply(&self, header: &[u8; size_of::<OutHeader>()], len: usize) -> IoVec {
-        self.memory.write_at(REPLY_AT, header);
-        self.memory.slice(REPLY_AT..PAYLOAD_AT + len).into()
+    pub(super) fn reply(&self, header: &OutHeader, len: usize) -> IoVec {
+        self.0.memory.write_at(REPLY_AT, header.as_bytes());
+        self.0.memory.slice(REPLY_AT..PAYLOAD_AT + len).into()
     }
 }
 
@@ -112,13 +115,13 @@ impl Buffers {
     /// Whether an idle queue would give memory back.
     pub(super) fn is_excessive(&self) -> bool {
         let free = self.free.borrow();
-        free.len() > KEPT_IDLE || free.iter().any(|buffer| buffer.touched > KEPT_TOUCHED)
+        free.len() > KEPT_IDLE || free.iter().any(|buffer| buffer.0.touched > KEPT_TOUCHED)
     }
 
     /// Gives back the memory that an idle queue does not need.
     pub(super) fn trim(&self) {
         let mut free = self.free.borrow_mut();
-        free.retain(|buffer| buffer.touched <= KEPT_TOUCHED);
+        free.retain(|buffer| buffer.0.touched <= KEPT_TOUCHED);
         free.truncate(KEPT_IDLE);
         free.shrink_to_fit();
     }
@@ -138,8 +141,13 @@ mod tests {
             (BEFORE_PAYLOAD + MAX_PAYLOAD) as u64
         );
         buffer.payload().write_at(0, b"data");
-        let reply = buffer.reply(b"0123456789abcdef", 4).to_vec();
-        assert_eq!(reply, b"0123456789abcdefdata");
+        let header = OutHeader {
+            len: 20,
+            error: -5,
+            unique: 7,
+        };
+        let reply = buffer.reply(&header, 4).to_vec();
+        assert_eq!(reply, [header.as_bytes(), b"data"].concat());
     }
 
     #[test]

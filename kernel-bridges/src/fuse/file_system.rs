@@ -75,6 +75,7 @@ impl FileSystem {
             Request::Statfs => Some(self.statfs()),
             Request::Lookup => Some(Reply::Failed(Errno::ENOENT)),
             Request::Forget => Some(Reply::Silence),
+            Request::Malformed => Some(Reply::Failed(Errno::EINVAL)),
             Request::Unknown => Some(Reply::Failed(Errno::ENOSYS)),
             Request::Flush
             | Request::Getattr
@@ -108,6 +109,7 @@ impl FileSystem {
             | Request::Statfs
             | Request::Lookup
             | Request::Forget
+            | Request::Malformed
             | Request::Unknown => Ok(Reply::Done),
         };
         result.into()

@@ -45,6 +45,8 @@ pub(super) enum Request {
     Lookup,
     /// Nothing to do, and nobody waits for a reply.
     Forget,
+    /// Shorter than it says.
+    Malformed,
     /// Anything else, INTERRUPT among it: told that nobody implements it, the kernel asks no more.
     Unknown,
 }
