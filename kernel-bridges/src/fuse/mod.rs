@@ -21,5 +21,7 @@ mod mount;
 mod request;
 mod session;
 mod space;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use export::{Ended, FuseExport, FuseOptions, check_mountpoint};
