@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use stord_aio::Context;
-use stord_aio::sync::watch;
+use stord_aio::sync::{mpsc, watch};
 use stord_block::graph::Claim;
 use stord_block::{Backend, Contexts, Graph, Permissions};
 use stord_qmp::Error;
@@ -18,7 +18,7 @@ use stord_qmp::schema::export::{
     BlockExportOptionsFuse, BlockExportRemoveMode, BlockExportType, FuseExportAllowOther,
 };
 
-use crate::fuse::{Ended, FuseExport, FuseOptions, check_mountpoint};
+use crate::fuse::{Ended, FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes};
 
 /// So many contexts serve an export that names none.
 const DEFAULT_QUEUES: usize = 2;
@@ -131,14 +131,14 @@ impl ExportRegistry {
     ) -> Result<(), Error> {
         let placement = self.place(options)?;
         let writable = options.writable.unwrap_or(false);
-        let backend = match self.attach(options, writable).await {
+        let growable = writable && fuse.growable.unwrap_or(false);
+        let backend = match self.attach(options, writable, growable).await {
             Ok(backend) => backend,
             Err(error) => {
                 self.release(&placement);
                 return Err(error);
             }
         };
-        let growable = fuse.growable.unwrap_or(false);
         let writethrough = options.writethrough.unwrap_or(false);
         let allow_other = fuse.allow_other.unwrap_or(FuseExportAllowOther::Auto);
         let started = async {
@@ -154,6 +154,8 @@ impl ExportRegistry {
                 writable,
                 growable,
                 writethrough,
+                resizes: (writable && !growable)
+                    .then(|| self.serve_resizes(entry, &placement.contexts)),
             };
             FuseExport::start(options, backend.clone(), &placement.contexts).await
         };
@@ -213,7 +215,12 @@ impl ExportRegistry {
         }
     }
 
-    async fn attach(&self, options: &BlockExportOptions, writable: bool) -> Result<Backend, Error> {
+    async fn attach(
+        &self,
+        options: &BlockExportOptions,
+        writable: bool,
+        growable: bool,
+    ) -> Result<Backend, Error> {
         let node = self.graph.find(&options.node_name)?;
         if writable && node.is_read_only() {
             return Err(Error::generic("Cannot export read-only node as writable"));
@@ -221,16 +228,37 @@ impl ExportRegistry {
         drop(node);
         let mut permissions = Permissions::CONSISTENT_READ;
         if writable {
-            permissions |= Permissions::WRITE | Permissions::RESIZE;
+            permissions |= Permissions::WRITE;
+        }
+        if growable {
+            permissions |= Permissions::RESIZE;
         }
         let claim = Claim {
             permissions,
             shared: Permissions::all(),
         };
-        let description = format!("block export '{}'", options.id);
         self.graph
-            .attach(&options.node_name, &description, claim)
+            .attach(&options.node_name, &description(&options.id), claim)
             .await
+    }
+
+    /// Changes the length of the export's node when its users ask for it, as long as the export lives.
+    fn serve_resizes(
+        &self,
+        entry: &Entry,
+        contexts: &[Context],
+    ) -> mpsc::UnboundedSender<ResizeRequest> {
+        let (sender, requests) = mpsc::unbounded_channel();
+        let graph = Rc::clone(&self.graph);
+        let node_name = entry.node_name.clone();
+        let description = description(&entry.id);
+        let context = contexts
+            .first()
+            .map_or_else(|| self.contexts.main(), Context::clone);
+        tokio::task::spawn_local(async move {
+            serve_resizes(requests, &graph, &node_name, &description, context).await;
+        });
+        sender
     }
 
     /// Sees the export to its end.
@@ -347,6 +375,11 @@ impl ExportRegistry {
 async fn is_gone(mut stage: watch::Receiver<Stage>) {
     // The sender is part of the entry, which says so before it goes.
     let _ = stage.wait_for(|stage| *stage == Stage::Gone).await;
+}
+
+/// What the export is called in messages of the block layer.
+fn description(id: &str) -> String {
+    format!("block export '{id}'")
 }
 
 /// Whether an id is a letter followed by letters, digits, '-', '.' and '_'.

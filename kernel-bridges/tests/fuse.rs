@@ -13,6 +13,8 @@ use std::thread::{self, JoinHandle};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde_json::{Value, json};
+use stord_block::Permissions;
+use stord_block::graph::Claim;
 use stord_qmp::Error;
 use stord_qmp::schema::export::BlockExportRemoveMode::{Hard, Safe};
 
@@ -221,6 +223,39 @@ fn fifty_exports_of_one_node_at_once() {
         world.registry.close_all().await;
         assert_eq!(world.deleted.borrow().len(), 50);
         assert!(paths.iter().all(|path| !is_mounted(path)));
+    });
+}
+
+#[test]
+fn only_a_growable_export_keeps_others_from_forbidding_resizes() {
+    mounting(async || {
+        let world = World::new().await;
+        let image = world.image("n", MIB).await;
+        let path = world
+            .add("e", "n", json!({"writable": true}))
+            .await
+            .unwrap();
+        let set_size = |path: &Path, size: u64| {
+            let file = OpenOptions::new().write(true).open(path).unwrap();
+            blocking(move || file.set_len(size))
+        };
+        set_size(&path, 2 * MIB as u64).await.unwrap();
+        assert_eq!(size(&image), 2 * MIB as u64);
+        let no_resizes = Claim {
+            permissions: Permissions::CONSISTENT_READ,
+            shared: Permissions::all() - Permissions::RESIZE,
+        };
+        let other = world.graph.attach("n", "job", no_resizes).await.unwrap();
+        let refused = set_size(&path, 3 * MIB as u64).await.unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(Errno::EPERM as i32));
+        assert_eq!(size(&image), 2 * MIB as u64);
+        let growable = json!({"writable": true, "growable": true});
+        let message = world.add("g", "n", growable).await.unwrap_err().message;
+        assert!(message.contains("'resize'"), "{message}");
+        world.graph.detach(other).await;
+        set_size(&path, 4096).await.unwrap();
+        assert_eq!(size(&image), 4096);
+        world.registry.close_all().await;
     });
 }
 

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use stord_aio::sync::mpsc;
 use stord_aio::{Context, pool};
 use stord_block::Backend;
 use stord_block::drivers::protocol::file::own_mounts;
@@ -24,6 +25,7 @@ use super::classic;
 use super::file_system::{FileSystem, Presentation};
 use super::kernel;
 use super::mount::{Mount, MountError, Mounted, Options};
+use super::resize::{ResizeRequest, Resizer};
 use super::session::Session;
 
 /// An unmount that takes longer than this waits for requests that do not end; the queues are stopped under it.
@@ -37,6 +39,8 @@ pub(crate) struct FuseOptions {
     pub(crate) writable: bool,
     pub(crate) growable: bool,
     pub(crate) writethrough: bool,
+    /// Who changes the image's length where the backend may not.
+    pub(crate) resizes: Option<mpsc::UnboundedSender<ResizeRequest>>,
 }
 
 /// A mounted FUSE export.
@@ -106,7 +110,9 @@ impl FuseExport {
             allow_other,
         };
         let devices = clone_devices(device, contexts.len());
-        let session = Session::new(FileSystem::new(backend, presentation), devices.len());
+        let resizer = options.resizes.map_or(Resizer::Own, Resizer::Control);
+        let file_system = FileSystem::new(backend, presentation, resizer);
+        let session = Session::new(file_system, devices.len());
         own_mounts::add(mount.device_number());
         let ended = serve(devices, contexts, &session);
         let export = Self { session, mount };

@@ -16,6 +16,7 @@ use stord_block::Backend;
 use super::abi::{AttrOut, OpenFlags, OpenOut, SetattrValid, StatfsOut, WriteOut};
 use super::attributes::Attributes;
 use super::request::{Reply, Request, Setattr};
+use super::resize::Resizer;
 
 /// So long the kernel answers stat(2) by itself, in seconds. It asks anew after every write.
 const ATTRIBUTES_VALID: u64 = 1;
@@ -43,20 +44,20 @@ pub(super) struct FileSystem {
     presentation: Presentation,
     open_flags: OpenFlags,
     /// One change of the length at a time.
-    resizing: Mutex<()>,
+    resizer: Mutex<Resizer>,
     /// Something was written since the last flush.
     dirty: AtomicBool,
 }
 
 impl FileSystem {
     /// A file system showing `backend`.
-    pub(super) fn new(backend: Backend, presentation: Presentation) -> Self {
+    pub(super) fn new(backend: Backend, presentation: Presentation, resizer: Resizer) -> Self {
         Self {
             backend,
             attributes: Attributes::new(presentation.writable, presentation.allow_other),
             presentation,
             open_flags: OpenFlags::DIRECT_IO | OpenFlags::PARALLEL_DIRECT_WRITES,
-            resizing: Mutex::new(()),
+            resizer: Mutex::new(resizer),
             dirty: AtomicBool::new(false),
         }
     }
@@ -203,9 +204,9 @@ impl FileSystem {
 
     /// Makes the image reach to `end`, unless it does.
     pub(super) async fn grow(&self, end: u64) -> Result<(), Errno> {
-        let _one_at_a_time = self.resizing.lock().await;
+        let resizer = self.resizer.lock().await;
         if end > self.backend.size() {
-            self.backend.truncate(end, false).await?;
+            resizer.resize(&self.backend, end, false).await?;
         }
         Ok(())
     }
@@ -256,10 +257,11 @@ impl FileSystem {
         self.attributes.check(change)?;
         if change.valid.contains(SetattrValid::SIZE) {
             self.check_writable()?;
-            let _one_at_a_time = self.resizing.lock().await;
-            if change.values.size != self.backend.size() {
+            let size = change.values.size;
+            let resizer = self.resizer.lock().await;
+            if size != self.backend.size() {
                 self.note_write();
-                self.backend.truncate(change.values.size, true).await?;
+                resizer.resize(&self.backend, size, true).await?;
             }
         }
         self.attributes.change(change);

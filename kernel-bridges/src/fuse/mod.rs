@@ -6,7 +6,7 @@
 //!   session      what the queues share
 //!     classic      a queue: fetch, answer at once or as a task, reply   (buffers: memory for requests)
 //!       request      what is asked, without its transport               (abi: the wire format)
-//!       file_system  what is answered                                   (attributes, space)
+//!       file_system  what is answered                                   (attributes, space, resize)
 //! ```
 
 mod abi;
@@ -19,9 +19,11 @@ mod init;
 mod kernel;
 mod mount;
 mod request;
+mod resize;
 mod session;
 mod space;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use export::{Ended, FuseExport, FuseOptions, check_mountpoint};
+pub(crate) use resize::{ResizeRequest, serve_resizes};

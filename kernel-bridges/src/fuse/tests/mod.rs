@@ -18,6 +18,7 @@ use zerocopy::FromBytes;
 use super::abi::{AttrOut, LseekOut, SetattrIn, SetattrValid, WriteOut};
 use super::file_system::{FileSystem, Presentation};
 use super::request::{Reply, Request, Setattr};
+use super::resize::Resizer;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -83,7 +84,7 @@ impl Fixture {
         Self {
             image,
             contexts,
-            file_system: Arc::new(FileSystem::new(backend, presentation)),
+            file_system: Arc::new(FileSystem::new(backend, presentation, Resizer::Own)),
             _graph: graph,
         }
     }
