@@ -472,6 +472,35 @@ fn help_and_version_end_well() {
     );
 }
 
+/// Containers often refuse io_uring; scripts/test runs more of these tests this way.
+#[test]
+fn works_without_io_uring() {
+    needs!(root, "qemu-img");
+    if is_qemu() {
+        return; // It uses io_uring on demand only.
+    }
+    let scratch = Scratch::new();
+    let image = scratch.path("disk.qcow2");
+    qemu::create(&image, 4 << 20, "");
+    let mount = scratch.empty_file("mnt");
+    let mut command = Command::new(program());
+    command.env("STORD_ENGINE", "fallback");
+    let args = fuse_args(&image, "qcow2", "", &mount, ",writable=on");
+    let daemon = Daemon::start_as(&scratch, command, &args);
+    let rings = fs::read_dir(format!("/proc/{}/fd", daemon.pid()))
+        .unwrap()
+        .flatten()
+        .filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("anon_inode:[io_uring]")))
+        .count();
+    assert_eq!(rings, 0);
+    let data = noise(6, 4 << 20);
+    fs::write(&mount, &data).unwrap();
+    assert_same("read back", &fs::read(&mount).unwrap(), &data);
+    daemon.stop();
+    assert_same("image", &qemu::content(&scratch, &image, "qcow2"), &data);
+    qemu::assert_clean(&image);
+}
+
 /// Options take effect in the order given: a node may be used only after the option that makes it.
 #[test]
 fn order_of_options_counts() {
