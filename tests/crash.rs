@@ -196,6 +196,12 @@ fn over_a_backing_file() {
 }
 
 #[test]
+fn lazy_refcounts() {
+    needs!(root, "qemu-img");
+    crash_and_verify("lazy_refcounts=on", ",discard=unmap", false, 31);
+}
+
+#[test]
 fn killed_daemon_leaves_a_mount_that_can_be_replaced() {
     needs!(root, "qemu-img");
     let scratch = Scratch::new();
