@@ -155,7 +155,7 @@ impl Backend {
         self.0.node().is_some_and(|node| node.options().discard)
     }
 
-    async fn start(&self) -> Result<Request<'_>, Errno> {
+    pub(crate) async fn start(&self) -> Result<Request<'_>, Errno> {
         let ticket = self.0.gate.enter().await;
         let node = self.0.node().ok_or(Errno::ENOMEDIUM)?;
         let begun = Instant::now();
@@ -306,9 +306,9 @@ impl Backend {
 }
 
 /// A request that has been counted in.
-struct Request<'a> {
+pub(crate) struct Request<'a> {
     ticket: Ticket<'a>,
-    node: Arc<Node>,
+    pub(crate) node: Arc<Node>,
     begun: Instant,
 }
 

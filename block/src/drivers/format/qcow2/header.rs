@@ -44,6 +44,15 @@ pub(super) struct BitmapsExtension {
     pub(super) directory_size: u64,
 }
 
+/// What a header is read for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Requests to the image.
+    Use,
+    /// Looking for damage: a refcount table and a place for snapshots need not be there.
+    Check,
+}
+
 /// The text that C's `strerror` has for an errno, as clients know it.
 pub(super) fn strerror(errno: Errno) -> String {
     let text = std::io::Error::from_raw_os_error(errno as i32).to_string();
@@ -56,6 +65,15 @@ pub(super) fn strerror(errno: Errno) -> String {
 impl Header {
     /// Reads and checks the header and its extensions.
     pub(super) async fn read(children: &Children) -> Result<Self, Error> {
+        Self::read_for(children, Purpose::Use).await
+    }
+
+    /// The same for a check, which can tell more of what is wrong, and repair some of it.
+    pub(super) async fn read_for_check(children: &Children) -> Result<Self, Error> {
+        Self::read_for(children, Purpose::Check).await
+    }
+
+    async fn read_for(children: &Children, purpose: Purpose) -> Result<Self, Error> {
         let head = read_bytes(children, 0, HEAD_BYTES, "Could not read qcow2 header").await?;
         let (mut raw, _) = RawHeader::read_from_prefix(&head)
             .map_err(|_| Error::generic("qcow2 header too short"))?;
@@ -74,7 +92,7 @@ impl Header {
             let _ = extensions.read(children, &raw, extensions_end).await;
             return Err(unsupported(unknown, &extensions.feature_names));
         }
-        let geometry = check_fields(&raw)?;
+        let geometry = check_fields(&raw, purpose)?;
         extensions.read(children, &raw, extensions_end).await?;
         check_compression(&raw)?;
         if geometry.data_file_raw && !geometry.data_file {
@@ -182,7 +200,7 @@ fn check_lengths(raw: &mut RawHeader) -> Result<(), Error> {
     Ok(())
 }
 
-fn check_fields(raw: &RawHeader) -> Result<Geometry, Error> {
+fn check_fields(raw: &RawHeader, purpose: Purpose) -> Result<Geometry, Error> {
     let incompatible = Incompatible::from_bits_retain(raw.incompatible.get());
     let autoclear = Autoclear::from_bits_retain(raw.autoclear.get());
     let geometry = Geometry {
@@ -223,13 +241,13 @@ fn check_fields(raw: &RawHeader) -> Result<Geometry, Error> {
             )));
         }
     }
-    check_tables(raw, &geometry)?;
+    check_tables(raw, &geometry, purpose)?;
     Ok(geometry)
 }
 
-fn check_tables(raw: &RawHeader, geometry: &Geometry) -> Result<(), Error> {
+fn check_tables(raw: &RawHeader, geometry: &Geometry, purpose: Purpose) -> Result<(), Error> {
     let reftable_clusters = u64::from(raw.refcount_table_clusters.get());
-    if reftable_clusters == 0 {
+    if reftable_clusters == 0 && purpose == Purpose::Use {
         return Err(Error::generic(
             "Image does not contain a reference count table",
         ));
@@ -252,15 +270,16 @@ fn check_tables(raw: &RawHeader, geometry: &Geometry) -> Result<(), Error> {
         MAX_REFTABLE_BYTES,
         "Reference count table",
     )?;
-    let snapshots = u64::from(raw.nb_snapshots.get());
-    let max_snapshots = u64::from(MAX_SNAPSHOTS);
-    table(
-        raw.snapshots_offset.get(),
-        snapshots,
-        40,
-        max_snapshots * 40,
-        "Snapshot table",
-    )?;
+    if purpose == Purpose::Use {
+        let max_snapshots = u64::from(MAX_SNAPSHOTS);
+        table(
+            raw.snapshots_offset.get(),
+            u64::from(raw.nb_snapshots.get()),
+            40,
+            max_snapshots * 40,
+            "Snapshot table",
+        )?;
+    }
     let l1_size = u64::from(raw.l1_size.get());
     table(
         raw.l1_table_offset.get(),

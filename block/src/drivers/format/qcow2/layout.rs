@@ -119,7 +119,7 @@ pub(super) struct RawBitmapEntry {
 }
 
 /// The fixed part of a snapshot table entry.
-#[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawSnapshot {
     pub(super) l1_table_offset: U64,

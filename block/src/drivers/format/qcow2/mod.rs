@@ -11,6 +11,7 @@
 mod alloc;
 mod arm;
 mod cache;
+pub mod check;
 mod clean;
 mod compressed;
 mod corrupt;

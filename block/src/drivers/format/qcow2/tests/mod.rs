@@ -1,6 +1,7 @@
 //! Tests of the driver over a disk in memory, and against QEMU's tools where those are installed.
 
 mod crash;
+mod damage;
 mod harness;
 mod model;
 mod races;
