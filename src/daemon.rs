@@ -22,6 +22,7 @@ use crate::daemonize::Background;
 use crate::lifecycle::{SHUTDOWN_LIMIT, Shutdown};
 use crate::monitor::events::Broadcast;
 use crate::monitor::{Monitors, Service, commands, nodes};
+use crate::objects::tree::Tree;
 use crate::pidfile::PidFile;
 use crate::report::{Origin, reason};
 use crate::{notify, objects, report, trace, unbuilt};
@@ -38,6 +39,8 @@ pub struct Daemon {
     pub exports: Rc<ExportRegistry>,
     /// The objects.
     pub objects: objects::Objects,
+    /// The character devices.
+    pub chardevs: Chardevs,
     /// The wish to end.
     pub shutdown: Shutdown,
     /// The events for the monitors.
@@ -81,12 +84,21 @@ impl Daemon {
             jobs,
             exports,
             objects: objects::Objects::new(Rc::clone(&contexts)),
+            chardevs: Chardevs::default(),
             contexts,
             shutdown,
             events,
         });
         nodes::report_events(&daemon)?;
         Ok(daemon)
+    }
+
+    /// The objects and the character devices as one tree.
+    pub fn tree(&self) -> Tree<'_> {
+        Tree {
+            objects: &self.objects,
+            chardevs: &self.chardevs,
+        }
     }
 
     /// Removes every export, ends every job and closes every node, each flushed first.
@@ -166,7 +178,6 @@ pub fn run_local(future: impl Future<Output = ExitCode>) -> ExitCode {
 /// The daemon with its monitors.
 struct Server {
     daemon: Rc<Daemon>,
-    chardevs: Chardevs,
     monitors: Monitors,
     service: Rc<Service<Daemon>>,
     pidfile: Option<PidFile>,
@@ -176,7 +187,6 @@ impl Server {
     fn new(daemon: &Rc<Daemon>) -> Self {
         Self {
             daemon: Rc::clone(daemon),
-            chardevs: Chardevs::default(),
             monitors: Monitors::default(),
             service: Rc::new(Service {
                 registry: commands::registry(),
@@ -245,7 +255,7 @@ impl Server {
             },
             Action::Monitor => {
                 let options = from_keyval(&value, Some("chardev"))?;
-                self.monitors.add(options, &self.chardevs)?;
+                self.monitors.add(options, &self.daemon.chardevs)?;
             }
             Action::Chardev => return self.add_chardev(&value, &origin, daemonize).await,
             Action::Trace => {
@@ -280,13 +290,19 @@ impl Server {
         for warning in &opts.warnings {
             origin.warning(warning, None);
         }
-        let options = chardev_opts::translate(opts).map_err(unbuilt::explain)?;
-        let setting = Setting {
-            origin,
-            daemonize,
-            shutdown: &self.daemon.shutdown,
-        };
-        self.chardevs.add(options, setting).await?;
+        for options in chardev_opts::translate(opts)? {
+            let setting = Setting {
+                origin,
+                daemonize,
+                takes_descriptors: true,
+                shutdown: &self.daemon.shutdown,
+            };
+            let id = options.id.clone();
+            let made = self.daemon.chardevs.add(options, setting).await?;
+            if let Some(pty) = made.pty {
+                report::print(&format!("char device redirected to {pty} (label {id})\n"));
+            }
+        }
         Ok(Progress::Next)
     }
 
@@ -295,7 +311,6 @@ impl Server {
     async fn stop(self, status: ExitCode) -> ExitCode {
         let Self {
             daemon,
-            chardevs,
             monitors,
             service: _,
             pidfile,
@@ -305,7 +320,7 @@ impl Server {
         let closed = daemon.close().await;
         daemon.events.close();
         monitors.finish().await;
-        drop(chardevs);
+        daemon.chardevs.clear();
         drop(pidfile);
         match closed {
             Ok(()) => status,

@@ -52,7 +52,7 @@ pub struct Origin(Option<Rc<str>>);
 
 impl Origin {
     /// A message that no option caused.
-    pub fn none() -> Self {
+    pub const fn none() -> Self {
         Self(None)
     }
 

@@ -52,39 +52,10 @@ const KNOWN: &[&str] = &[
     "vvfat",
 ];
 
-/// Character devices of the reference, and options of those that are built.
-const KNOWN_CHARDEVS: &[&str] = &[
-    "hub",
-    "memory",
-    "mux",
-    "parallel",
-    "pipe",
-    "pty",
-    "ringbuf",
-    "serial",
-    "udp",
-    // Options.
-    "fd",
-    "logappend",
-    "logfile",
-    "reconnect",
-    "reconnect-ms",
-    "telnet",
-    "tls-authz",
-    "tls-creds",
-    "tn3270",
-    "websocket",
-];
-
 /// Adds the advice to an error about an option's value, if it is one of those.
 pub fn explain(error: Error) -> Error {
-    let message = &error.message;
-    let value = quoted(message, "does not accept value '", "'");
-    let chardev = quoted(message, "Invalid parameter '", "'")
-        .or_else(|| quoted(message, "'", "' is not a valid char driver name"));
-    let known = value
-        .filter(|value| KNOWN.contains(value))
-        .or_else(|| chardev.filter(|name| KNOWN_CHARDEVS.contains(name)));
+    let value = quoted(&error.message, "does not accept value '", "'");
+    let known = value.filter(|value| KNOWN.contains(value));
     match known {
         Some(name) => {
             let advice = format!("stord does not have '{name}' yet.");
@@ -103,8 +74,6 @@ fn quoted<'m>(message: &'m str, before: &str, after: &str) -> Option<&'m str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use stord_qmp::chardev_opts;
-    use stord_qmp::opts::Opts;
 
     #[test]
     fn only_what_the_reference_knows_is_explained() {
@@ -118,26 +87,5 @@ mod tests {
         );
         assert_eq!(explained("nope"), None);
         assert_eq!(explain(Error::generic("something else")).hint, None);
-    }
-
-    #[test]
-    fn character_devices_are_explained() {
-        let explained = |text: &str| {
-            let opts = Opts::parse(text, "backend").expect("well-formed");
-            let error = chardev_opts::translate(opts).expect_err(text);
-            explain(error).hint
-        };
-        for (text, name) in [
-            ("pty,id=a", "pty"),
-            ("socket,id=a,path=x,telnet=on", "telnet"),
-            ("socket,id=a,path=x,reconnect=1", "reconnect"),
-            ("socket,id=a,fd=3", "fd"),
-            ("null,id=a,logfile=x", "logfile"),
-        ] {
-            let advice = format!("stord does not have '{name}' yet.");
-            assert_eq!(explained(text), Some(advice), "{text}");
-        }
-        assert_eq!(explained("nope,id=a"), None);
-        assert_eq!(explained("null,id=a,path=x"), None);
     }
 }

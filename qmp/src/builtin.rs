@@ -264,7 +264,7 @@ macro_rules! integers {
             const KIND: Kind = Kind::Number;
 
             fn decode(input: Input<'_>) -> Result<Self, Error> {
-                Self::try_from($wide(&input)?).map_err(|_| input.expects($name))
+                Self::try_from($wide(&input)?).map_err(|_| input.out_of_range($name))
             }
 
             fn encode(&self) -> Value {

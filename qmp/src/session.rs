@@ -217,13 +217,13 @@ impl State {
         if request.oob {
             return Err(refused_oob(NEGOTIATION));
         }
+        let wanted: QmpCapabilities = from_json(Value::Object(request.arguments))?;
         if *self != Self::Negotiating {
             return Err(Error::new(
                 ErrorClass::CommandNotFound,
                 "Capabilities negotiation is already complete, command ignored",
             ));
         }
-        let wanted: QmpCapabilities = from_json(Value::Object(request.arguments))?;
         let oob = wanted
             .enable
             .unwrap_or_default()

@@ -5,8 +5,11 @@ use stord_qmp::opts::Opts;
 use stord_qmp::{Error, to_json};
 
 fn chardev(text: &str) -> Result<String, Error> {
-    let options = translate(Opts::parse(text, "backend")?)?;
-    Ok(stord_qmp::json::to_compact(&to_json(&options)))
+    let devices = translate(Opts::parse(text, "backend")?)?;
+    let devices: Vec<_> = (devices.iter())
+        .map(|options| stord_qmp::json::to_compact(&to_json(options)))
+        .collect();
+    Ok(devices.join(" "))
 }
 
 #[test]
@@ -32,6 +35,26 @@ fn backends_take_their_options() {
             r#"{"type": "stdio", "data": {"signal": false}}"#,
         ),
         (
+            "hub,id=n,chardevs.0=a,chardevs.1=b",
+            r#"{"type": "hub", "data": {"chardevs": ["a", "b"]}}"#,
+        ),
+        (
+            "memory,id=n,size=4k,logappend=on",
+            r#"{"type": "memory", "data": {"logappend": true, "size": 4096}}"#,
+        ),
+        (
+            "pty,id=n,path=p",
+            r#"{"type": "pty", "data": {"path": "p"}}"#,
+        ),
+        (
+            "udp,id=n,port=5,localport=6,ipv4=on",
+            r#"{"type": "udp", "data": {"remote": {"type": "inet", "data": {"host": "localhost", "port": "5", "ipv4": true}}, "local": {"type": "inet", "data": {"host": "", "port": "6"}}}}"#,
+        ),
+        (
+            "socket,id=n,fd=7,reconnect-ms=9,telnet=on",
+            r#"{"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": "7"}}, "server": false, "telnet": true, "reconnect-ms": 9}}"#,
+        ),
+        (
             "file,id=n,path=o,input-path=i,append=on",
             r#"{"type": "file", "data": {"in": "i", "out": "o", "append": true}}"#,
         ),
@@ -44,6 +67,8 @@ fn backends_take_their_options() {
             r#"{"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": "p", "abstract": true, "tight": false}}, "server": true, "wait": true, "nodelay": false}}"#,
         ),
     ];
+    let shared = r#"{"id": "n-base", "backend": {"type": "null", "data": {"logfile": "l"}}} {"id": "n", "backend": {"type": "mux", "data": {"chardev": "n-base"}}}"#;
+    assert_eq!(chardev("null,id=n,logfile=l,mux=on").unwrap(), shared);
     for (text, backend) in cases {
         let expected = format!(r#"{{"id": "n", "backend": {backend}}}"#);
         assert_eq!(chardev(text).unwrap(), expected, "{text}");
@@ -74,6 +99,18 @@ fn bad_options_are_refused() {
         ),
         ("file,id=x", "chardev: file: no filename given"),
         ("socket,id=x,host=b", "chardev: socket: no port given"),
+        ("udp,id=x,host=b", "chardev: udp: remote port not specified"),
+        ("mux,id=x", "chardev: mux: no chardev given"),
+        ("pipe,id=x", "chardev: pipe: no device path given"),
+        ("null,id=x,mux=x", "Parameter 'mux' expects 'on' or 'off'"),
+        (
+            "ringbuf,id=x,size=x",
+            "Parameter 'size' expects a non-negative number below 2^64",
+        ),
+        (
+            "socket,id=x,path=a,fd=3",
+            "None or one of 'path', 'fd' or 'host' option required.",
+        ),
         (
             "socket,id=x,host=b,port=1,to=x",
             "Parameter 'to' expects a number",

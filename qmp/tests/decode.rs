@@ -72,7 +72,7 @@ fn errors_name_the_parameter_by_its_path() {
         ("raw,file.filename=x", "Parameter 'file.driver' is missing"),
         (
             "raw,file.driver=x",
-            "Parameter 'file.driver' does not accept value 'x'",
+            "Parameter 'driver' does not accept value 'x'",
         ),
         (
             "raw,file.0=x",

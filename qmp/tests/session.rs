@@ -65,7 +65,7 @@ fn nothing_but_negotiation_is_executed_before_it() {
     let bad = br#"{"execute":"qmp_capabilities","arguments":{"enable":["foo"]}}"#;
     assert_eq!(
         talk(&mut session, bad),
-        generic("Parameter 'enable[0]' does not accept value 'foo'")
+        generic("Parameter 'null' does not accept value 'foo'")
     );
     assert!(!session.is_ready());
     assert_eq!(

@@ -111,6 +111,7 @@ mod tests {
             ipv4: None,
             ipv6: None,
             keep_alive: None,
+            mptcp: None,
         }
     }
 

@@ -15,7 +15,9 @@ use nix::sys::termios::{
 };
 use stord_qmp::schema::chardev::ChardevStdio;
 
-use super::Connection;
+use super::backend::Connecting;
+use super::file::once;
+use super::{Backend, Connection};
 
 /// Standard input and output.
 pub struct Stdio {
@@ -34,10 +36,15 @@ impl Stdio {
             terminal: set_terminal(options.signal.unwrap_or(true)),
         }
     }
+}
 
-    /// The one connection, the first time.
-    pub fn take(&self) -> Option<Connection> {
-        self.connection.take()
+impl Backend for Stdio {
+    fn kind(&self) -> &'static str {
+        "stdio"
+    }
+
+    fn connect(&self, _: usize) -> Connecting<'_> {
+        Box::pin(once(&self.connection))
     }
 }
 

@@ -10,7 +10,7 @@ use stord_qmp::schema::export::{
     BlockExportDel, BlockExportDeleted, BlockExportOptions, BlockExportRemoveMode,
 };
 
-use super::{jobs, nodes, objects};
+use super::{chardevs, jobs, nodes, objects};
 use crate::daemon::Daemon;
 
 /// What the greeting and `query-version` report: the version of the interface, not ours, since
@@ -33,6 +33,7 @@ pub fn registry() -> Registry<Daemon> {
     add_nodes(&mut registry);
     add_exports(&mut registry);
     objects::add(&mut registry);
+    chardevs::add(&mut registry);
     jobs::add(&mut registry);
     nodes::add(&mut registry);
     registry

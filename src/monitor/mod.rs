@@ -1,6 +1,7 @@
 //! Monitors: where clients speak QMP. Each sits on a character device of its own and serves one
 //! client after the other; all of them act on one daemon.
 
+mod chardevs;
 pub mod commands;
 pub mod events;
 mod jobs;
@@ -18,7 +19,7 @@ use tokio::task::JoinHandle;
 
 pub use session::Service;
 
-use crate::chardev::{Chardev, Chardevs};
+use crate::chardev::{Chardevs, User};
 
 /// How long clients have, when the daemon ends, to read what was already said to them.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -32,7 +33,7 @@ pub struct Monitors {
 
 struct Monitor {
     id: Option<String>,
-    chardev: Rc<Chardev>,
+    chardev: Rc<User>,
     pretty: bool,
 }
 
@@ -57,8 +58,9 @@ impl Monitors {
         {
             return Err(Error::generic(format!("Duplicate ID '{id}' for monitor")));
         }
-        chardev.claim()?;
-        tracing::debug!(id, chardev = chardev.id(), "monitor");
+        let chardev = Rc::new(chardev.claim()?);
+        chardev.set_open(true);
+        tracing::debug!(id, chardev = chardev.device().id(), "monitor");
         self.list.push(Monitor {
             id,
             chardev,

@@ -24,11 +24,11 @@ pub fn add(registry: &mut Registry<Daemon>) {
     );
     registry.add(
         "qom-list",
-        |daemon: Rc<Daemon>, QomList { path }| async move { daemon.objects.list(&path) },
+        |daemon: Rc<Daemon>, QomList { path }| async move { daemon.tree().list(&path) },
     );
     registry.add("qom-get", |daemon: Rc<Daemon>, arguments| async move {
         let QomGet { path, property } = arguments;
-        daemon.objects.get(&path, &property)
+        daemon.tree().get(&path, &property)
     });
     registry.add("qom-set", |daemon: Rc<Daemon>, arguments| async move {
         let QomSet {
@@ -36,7 +36,7 @@ pub fn add(registry: &mut Registry<Daemon>) {
             property,
             value,
         } = arguments;
-        daemon.objects.set(&path, &property, value)
+        daemon.tree().set(&path, &property, value)
     });
     registry.add(
         "qom-list-types",

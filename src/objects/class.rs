@@ -8,6 +8,7 @@ use super::{
     authz_list, authz_list_file, authz_simple, event_loop, iothread, main_loop, secret,
     secret_keyring, thread_context,
 };
+use crate::chardev;
 
 /// A type.
 pub struct Class {
@@ -102,7 +103,7 @@ const CREATABLE: Class = plain(USER_CREATABLE, Some("interface"), Form::Interfac
 pub const CONTAINER: Class = plain("container", Some("object"), Form::Concrete);
 const AUTHZ: Class = plain("authz", Some("object"), Form::Abstract);
 
-/// Every type.
+/// The types of what users make and of what holds it.
 const CLASSES: &[&Class] = &[
     &OBJECT,
     &INTERFACE,
@@ -121,10 +122,15 @@ const CLASSES: &[&Class] = &[
     &thread_context::CLASS,
 ];
 
+/// Every type, those of character devices included.
+fn every() -> impl Iterator<Item = &'static Class> {
+    CLASSES.iter().chain(chardev::CLASSES).copied()
+}
+
 impl Class {
     /// The type of that name.
     pub fn find(name: &str) -> Option<&'static Self> {
-        CLASSES.iter().find(|class| class.name == name).copied()
+        every().find(|class| class.name == name)
     }
 
     /// This type and those it extends, the nearest first.
@@ -182,7 +188,7 @@ pub fn described(name: &str, kind: &str) -> ObjectPropertyInfo {
 /// The types that users can create, by name.
 pub fn creatable() -> Vec<&'static Class> {
     let is_creatable = |class: &&Class| class.form == Form::Creatable;
-    let mut classes: Vec<_> = CLASSES.iter().copied().filter(is_creatable).collect();
+    let mut classes: Vec<_> = every().filter(is_creatable).collect();
     classes.sort_by_key(|class| class.name);
     classes
 }
@@ -199,12 +205,7 @@ pub fn list(wanted: &QomListTypes) -> Vec<ObjectTypeInfo> {
         r#abstract: class.is_abstract().then_some(true),
         parent: class.parent.map(str::to_owned),
     };
-    CLASSES
-        .iter()
-        .copied()
-        .filter(is_wanted)
-        .map(info)
-        .collect()
+    every().filter(is_wanted).map(info).collect()
 }
 
 /// The properties of a type.
@@ -230,15 +231,10 @@ mod tests {
 
     #[test]
     fn parents_exist_and_names_are_taken_once() {
-        for class in CLASSES {
+        for class in every() {
             assert!(class.parent.is_none_or(|name| Class::find(name).is_some()));
-            let same_name = |other: &&&Class| other.name == class.name;
-            assert_eq!(
-                CLASSES.iter().filter(same_name).count(),
-                1,
-                "{}",
-                class.name
-            );
+            let same_name = |other: &&'static Class| other.name == class.name;
+            assert_eq!(every().filter(same_name).count(), 1, "{}", class.name);
         }
     }
 

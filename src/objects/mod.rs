@@ -12,7 +12,7 @@ mod main_loop;
 mod secret;
 mod secret_keyring;
 mod thread_context;
-mod tree;
+pub mod tree;
 
 #[cfg(test)]
 mod tests;

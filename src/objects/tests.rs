@@ -2,7 +2,10 @@
 
 use serde_json::json;
 
+use super::tree::Tree;
+
 use super::*;
+use crate::chardev::Chardevs;
 
 /// Runs a test with no objects, on a runtime as the daemon's.
 fn with_objects(test: impl AsyncFnOnce(&Objects)) {
@@ -24,14 +27,17 @@ async fn must_add(objects: &Objects, text: &str) {
     assert_eq!(add(objects, text).await, Ok(()), "{text}");
 }
 
+fn tree_of<T>(objects: &Objects, look: impl FnOnce(&Tree<'_>) -> T) -> T {
+    let chardevs = &Chardevs::default();
+    look(&Tree { objects, chardevs })
+}
+
 fn get(objects: &Objects, path: &str, property: &str) -> Result<Value, String> {
-    objects.get(path, property).map_err(|error| error.message)
+    tree_of(objects, |tree| tree.get(path, property)).map_err(|error| error.message)
 }
 
 fn set(objects: &Objects, path: &str, property: &str, value: Value) -> Result<(), String> {
-    objects
-        .set(path, property, value)
-        .map_err(|error| error.message)
+    tree_of(objects, |tree| tree.set(path, property, value)).map_err(|error| error.message)
 }
 
 /// One of each type that needs nothing from the machine.
@@ -99,7 +105,10 @@ fn properties_out_of_range_are_refused() {
         ] {
             assert_eq!(add(objects, text).await, Err(message.to_owned()), "{text}");
         }
-        assert_eq!(objects.list("/objects").map(|list| list.len()), Ok(1));
+        assert_eq!(
+            tree_of(objects, |tree| tree.list("/objects")).map(|list| list.len()),
+            Ok(1)
+        );
     });
 }
 
@@ -177,7 +186,8 @@ fn paths_may_be_partial_unless_ambiguous() {
             Err("Path 'objects' is ambiguous".to_owned())
         );
         for path in ["/nope", "nope", "/objects/s/data"] {
-            let error = objects.list(path).expect_err("there is no such object");
+            let error =
+                tree_of(objects, |tree| tree.list(path)).expect_err("there is no such object");
             assert_eq!(error.class, stord_qmp::ErrorClass::DeviceNotFound);
             assert_eq!(error.message, format!("Device '{path}' not found"));
         }

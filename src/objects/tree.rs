@@ -1,4 +1,4 @@
-//! The tree of objects as clients walk it: `/objects/ID` for what users created.
+//! The tree of objects as clients walk it: `/objects/ID` and `/chardevs/ID` for what users created.
 //!
 //! A path is absolute, or the end of one; of the latter there must be one object only.
 
@@ -9,19 +9,29 @@ use stord_qmp::schema::object::ObjectPropertyInfo;
 use stord_qmp::{Error, ErrorClass};
 
 use super::class::{CONTAINER, Class, described};
-use super::{Object, Objects};
+use super::{Object, Objects, unknown};
+use crate::chardev::{Chardev, Chardevs};
+
+/// Everything with a path.
+pub struct Tree<'a> {
+    /// The objects.
+    pub objects: &'a Objects,
+    /// The character devices.
+    pub chardevs: &'a Chardevs,
+}
 
 /// Something with a path.
 #[derive(Clone)]
 enum Place {
     Container(&'static str),
     Object(String, Rc<dyn Object>),
+    Chardev(Rc<Chardev>),
 }
 
 /// The containers below the root.
 const CONTAINERS: &[&str] = &["/backend", "/chardevs", "/objects"];
 
-impl Objects {
+impl Tree<'_> {
     /// The properties of the object at the path, its children among them.
     ///
     /// # Errors
@@ -53,8 +63,13 @@ impl Objects {
             return Err(Error::generic(message));
         }
         match &place {
-            Place::Object(_, object) if property != "type" => object.get(found.name),
-            _ => Ok(class.name.into()),
+            _ if property == "type" => Ok(class.name.into()),
+            Place::Object(_, object) => object.get(found.name),
+            Place::Chardev(device) => {
+                let value = device.backend().property(found.name);
+                value.ok_or_else(|| unknown(class, property))
+            }
+            Place::Container(_) => Err(unknown(class, property)),
         }
     }
 
@@ -126,9 +141,13 @@ impl Objects {
                 .map(|path| Place::Container(path))
                 .collect(),
             Place::Container("/objects") => {
-                let objects = self.all();
+                let objects = self.objects.all();
                 let place = |(id, object)| Place::Object(id, object);
                 objects.into_iter().map(place).collect()
+            }
+            Place::Container("/chardevs") => {
+                let devices = self.chardevs.all();
+                devices.into_iter().map(Place::Chardev).collect()
             }
             _ => Vec::new(),
         }
@@ -140,6 +159,7 @@ impl Place {
         match self {
             Self::Container(_) => &CONTAINER,
             Self::Object(_, object) => object.class(),
+            Self::Chardev(device) => device.class(),
         }
     }
 
@@ -147,6 +167,7 @@ impl Place {
         match self {
             Self::Container(path) => path.rsplit('/').next().unwrap_or(path),
             Self::Object(id, _) => id,
+            Self::Chardev(device) => device.id(),
         }
     }
 
@@ -154,6 +175,7 @@ impl Place {
         match self {
             Self::Container(path) => (*path).to_owned(),
             Self::Object(id, _) => format!("/objects/{id}"),
+            Self::Chardev(device) => format!("/chardevs/{}", device.id()),
         }
     }
 }

@@ -20,6 +20,8 @@ pub struct InetSocketAddress {
     pub ipv6: Option<bool>,
     /// Whether to send keep-alive probes; default off, not for listening.
     pub keep_alive: Option<bool>,
+    /// Whether to use several paths at once, by Multipath TCP; default off.
+    pub mptcp: Option<bool>,
 }
 
 /// The address of a Unix domain socket.
@@ -31,6 +33,44 @@ pub struct UnixSocketAddress {
     pub r#abstract: Option<bool>,
     /// Whether an abstract name ends where it ends and is not padded; default on.
     pub tight: Option<bool>,
+}
+
+/// The address of a socket between a virtual machine and its host.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct VsockSocketAddress {
+    /// The number of the machine.
+    pub cid: String,
+    /// The port number.
+    pub port: String,
+}
+
+/// A descriptor that was passed to the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct FdSocketAddress {
+    /// The descriptor's number, or the name it was given.
+    pub r#str: String,
+}
+
+/// The address of a socket.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct SocketAddress {
+    /// The address.
+    #[qapi(union = "type")]
+    pub address: SocketAddressKind,
+}
+
+/// The address of a socket.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+#[qapi(union)]
+pub enum SocketAddressKind {
+    /// TCP.
+    Inet(InetSocketAddress),
+    /// Unix domain.
+    Unix(UnixSocketAddress),
+    /// Between a virtual machine and its host.
+    Vsock(VsockSocketAddress),
+    /// A descriptor that is a socket already.
+    Fd(FdSocketAddress),
 }
 
 /// The address of a socket in the older spelling, with its own `data`.
@@ -49,4 +89,19 @@ pub enum SocketAddressLegacyKind {
     Inet(Data<InetSocketAddress>),
     /// Unix domain.
     Unix(Data<UnixSocketAddress>),
+    /// Between a virtual machine and its host.
+    Vsock(Data<VsockSocketAddress>),
+    /// A descriptor that is a socket already.
+    Fd(Data<FdSocketAddress>),
+}
+
+impl From<SocketAddressLegacy> for SocketAddressKind {
+    fn from(legacy: SocketAddressLegacy) -> Self {
+        match legacy.address {
+            SocketAddressLegacyKind::Inet(inet) => Self::Inet(inet.data),
+            SocketAddressLegacyKind::Unix(unix) => Self::Unix(unix.data),
+            SocketAddressLegacyKind::Vsock(vsock) => Self::Vsock(vsock.data),
+            SocketAddressLegacyKind::Fd(fd) => Self::Fd(fd.data),
+        }
+    }
 }

@@ -58,6 +58,12 @@ impl<'p> Input<'p> {
         Error::generic(format!("Parameter '{}' expects {expected}", self.path))
     }
 
+    /// An error saying that the value is too large or too small for the type called `expected`.
+    pub(crate) fn out_of_range(&self, expected: &str) -> Error {
+        let name = self.path.last_name();
+        Error::generic(format!("Parameter '{name}' expects {expected}"))
+    }
+
     /// The value if it is JSON, the text if it came from a keyval string.
     pub(crate) fn scalar(&self) -> Result<Scalar<'_>, Error> {
         match (&self.value, self.path.form) {
@@ -93,7 +99,8 @@ impl<'p> Input<'p> {
         match pairs.find(|(known, _)| known.name == text) {
             Some((_, value)) => Ok(*value),
             None => Err(Error::generic(format!(
-                "Parameter '{path}' does not accept value '{text}'"
+                "Parameter '{}' does not accept value '{text}'",
+                path.last_name()
             ))),
         }
     }

@@ -41,6 +41,17 @@ impl<'p> Path<'p> {
     }
 }
 
+impl<'p> Path<'p> {
+    /// The last step alone, `null` if it is into a list: the reference has some messages that do
+    /// not say more.
+    pub(super) fn last_name(&self) -> &'p str {
+        match self.last {
+            Some((_, Step::Member(name))) => name,
+            Some((_, Step::Index(_))) | None => "null",
+        }
+    }
+}
+
 impl fmt::Display for Path<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some((before, step)) = self.last else {

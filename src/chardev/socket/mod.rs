@@ -1,0 +1,358 @@
+//! The device that is a stream socket: a server, or a client that may connect again and again. Over
+//! it may be spoken telnet.
+
+mod address;
+mod connect;
+mod listen;
+mod telnet;
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use serde_json::Value;
+use socket2::Socket;
+use stord_qmp::schema::chardev::ChardevSocket;
+use stord_qmp::schema::socket::{SocketAddress, SocketAddressKind};
+use stord_qmp::{Error, to_json};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, split};
+
+use super::backend::Connecting;
+use super::{Backend, Connection, Setting};
+use crate::readiness::Descriptor;
+use crate::report::{Origin, reason};
+use listen::Listeners;
+use telnet::Telnet;
+
+/// Both directions of a stream in one.
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
+
+/// What every socket has.
+struct Line {
+    id: String,
+    nodelay: bool,
+    telnet: Option<telnet::Kind>,
+    /// What is spoken, as `query-chardev` names it.
+    protocol: &'static str,
+    /// How the present connection is described, while there is one.
+    connected: Rc<RefCell<Option<String>>>,
+}
+
+/// Opens the device.
+///
+/// # Errors
+/// Options contradict each other, or the address cannot be had.
+pub async fn open(
+    options: ChardevSocket,
+    id: &str,
+    setting: &Setting<'_>,
+) -> Result<Box<dyn Backend>, Error> {
+    let reconnect = check(&options)?;
+    let is_server = options.server.unwrap_or(true);
+    let kind = telnet::Kind::of(&options);
+    let line = Line {
+        id: id.to_owned(),
+        nodelay: options.nodelay.unwrap_or(false),
+        telnet: kind,
+        protocol: match options.telnet.unwrap_or(false) {
+            true => "telnet",
+            false => "tcp",
+        },
+        connected: Rc::default(),
+    };
+    let address = SocketAddressKind::from(options.addr);
+    if matches!(address, SocketAddressKind::Fd(_)) && !setting.takes_descriptors {
+        return Err(Error::generic("only QEMU supports file descriptor passing"));
+    }
+    if !is_server {
+        return Client::open(address, line, reconnect)
+            .await
+            .map(|client| Box::new(client) as Box<_>);
+    }
+    let server = Server {
+        listeners: Listeners::open(&address).await?,
+        line,
+        first: Cell::new(None),
+    };
+    if options.wait.unwrap_or(false) {
+        let filename = server.filename();
+        (setting.origin).info(&format!("QEMU waiting for connection on: {filename}"));
+        tokio::select! {
+            () = server.wait_for_client() => {}
+            () = setting.shutdown.requested() => {}
+        }
+    }
+    Ok(Box::new(server))
+}
+
+/// Refuses options that contradict each other, and returns the time between attempts to connect.
+fn check(options: &ChardevSocket) -> Result<Option<Duration>, Error> {
+    let is_server = options.server.unwrap_or(true);
+    if options.reconnect.is_some() && options.reconnect_ms.is_some() {
+        return Err(Error::generic(
+            "'reconnect' and 'reconnect-ms' are mutually exclusive",
+        ));
+    }
+    let asked = match (options.reconnect, options.reconnect_ms) {
+        (Some(seconds), _) => seconds.saturating_mul(1000),
+        (None, milliseconds) => milliseconds.unwrap_or(0),
+    };
+    let reconnect = u64::try_from(asked).ok().filter(|millis| *millis > 0);
+    if is_server && reconnect.is_some() {
+        return Err(Error::generic(
+            "'reconnect' option is incompatible with socket in server listen mode",
+        ));
+    }
+    if !is_server && options.wait.is_some() {
+        return Err(Error::generic(
+            "'wait' option is incompatible with socket in client connect mode",
+        ));
+    }
+    if options.tls_authz.is_some() && options.tls_creds.is_none() {
+        return Err(Error::generic(
+            "'tls_authz' option requires 'tls_creds' option",
+        ));
+    }
+    if !is_server && options.websocket.unwrap_or(false) {
+        return Err(Error::generic("Websocket client is not implemented"));
+    }
+    for (name, is_asked) in [
+        ("tls-creds", options.tls_creds.is_some()),
+        ("websocket", options.websocket.unwrap_or(false)),
+    ] {
+        if is_asked {
+            let message = format!("Parameter '{name}' is not supported by stord yet");
+            return Err(Error::generic(message));
+        }
+    }
+    Ok(reconnect.map(Duration::from_millis))
+}
+
+impl Line {
+    /// Makes a connection of a connected socket, `role` being what comes after the address when it
+    /// is described.
+    async fn connect(
+        &self,
+        socket: Socket,
+        address: &SocketAddressKind,
+        role: &str,
+    ) -> io::Result<Connection> {
+        if connect::has_nodelay(&socket) {
+            socket.set_tcp_nodelay(self.nodelay)?;
+        }
+        let description = self.describe(&socket, address, role);
+        let mut stream: Box<dyn Stream> = Box::new(Descriptor::new(socket.into())?);
+        if let Some(kind) = self.telnet {
+            stream = Box::new(Telnet::greet(stream, kind).await?);
+        }
+        self.connected.replace(Some(description));
+        let (reader, writer) = split(stream);
+        let connected = Rc::clone(&self.connected);
+        Ok(Connection {
+            reader: Box::new(Held {
+                reader,
+                _held: Box::new(Disconnect(connected)),
+            }),
+            writer: Box::new(writer),
+        })
+    }
+
+    fn describe(&self, socket: &Socket, address: &SocketAddressKind, role: &str) -> String {
+        let local = socket.local_addr().ok().and_then(|local| local.as_socket());
+        let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
+        match (local, peer) {
+            (Some(local), Some(peer)) => {
+                let protocol = self.protocol;
+                format!("{protocol}:{local}{role} <-> {peer}")
+            }
+            _ => format!("{}{role}", address::describe(address, self.protocol)),
+        }
+    }
+
+    fn filename(&self, address: &SocketAddressKind, role: &str) -> String {
+        match &*self.connected.borrow() {
+            Some(connected) => connected.clone(),
+            None => {
+                let address = address::describe(address, self.protocol);
+                format!("disconnected:{address}{role}")
+            }
+        }
+    }
+
+    fn property(&self, name: &str, address: &SocketAddress) -> Option<Value> {
+        match name {
+            "connected" => Some(self.connected.borrow().is_some().into()),
+            "addr" => Some(to_json(address)),
+            _ => None,
+        }
+    }
+}
+
+/// Notes the end of a connection.
+struct Disconnect(Rc<RefCell<Option<String>>>);
+
+impl Drop for Disconnect {
+    fn drop(&mut self) {
+        self.0.take();
+    }
+}
+
+/// A reader that something else goes with.
+struct Held<R> {
+    reader: R,
+    _held: Box<dyn Any>,
+}
+
+impl<R: AsyncRead + Unpin> AsyncRead for Held<R> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.reader).poll_read(cx, buf)
+    }
+}
+
+/// A listening socket.
+struct Server {
+    listeners: Listeners,
+    line: Line,
+    /// A client that came while start-up waited for it.
+    first: Cell<Option<Connection>>,
+}
+
+impl Server {
+    async fn wait_for_client(&self) {
+        let client = self.accept().await;
+        self.first.set(Some(client));
+    }
+
+    async fn accept(&self) -> Connection {
+        if let Some(first) = self.first.take() {
+            return first;
+        }
+        let address = &self.listeners.address().address;
+        loop {
+            let accepted = match self.listeners.accept().await {
+                Ok(socket) => self.line.connect(socket, address, ",server=on").await,
+                Err(error) => Err(error),
+            };
+            match accepted {
+                Ok(connection) => return connection,
+                Err(error) => {
+                    // A client that gave up, or no descriptors left: neither is the end of the
+                    // device, but the latter would make this loop spin.
+                    tracing::warn!(
+                        "could not accept a connection on {}: {}",
+                        self.filename(),
+                        reason(&error)
+                    );
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+}
+
+impl Backend for Server {
+    fn kind(&self) -> &'static str {
+        "socket"
+    }
+
+    fn filename(&self) -> String {
+        let address = &self.listeners.address().address;
+        self.line.filename(address, ",server=on")
+    }
+
+    fn connect(&self, _: usize) -> Connecting<'_> {
+        Box::pin(self.accept())
+    }
+
+    fn property(&self, name: &str) -> Option<Value> {
+        self.line.property(name, self.listeners.address())
+    }
+}
+
+/// A connecting socket.
+struct Client {
+    address: SocketAddress,
+    line: Line,
+    reconnect: Option<Duration>,
+    /// The connection made at once.
+    first: Cell<Option<Connection>>,
+}
+
+impl Client {
+    async fn open(
+        address: SocketAddressKind,
+        line: Line,
+        reconnect: Option<Duration>,
+    ) -> Result<Self, Error> {
+        let address = SocketAddress { address };
+        let client = Self {
+            address,
+            line,
+            reconnect,
+            first: Cell::new(None),
+        };
+        if reconnect.is_none() {
+            client.first.set(Some(client.attempt().await?));
+        }
+        Ok(client)
+    }
+
+    async fn attempt(&self) -> Result<Connection, Error> {
+        let address = &self.address.address;
+        let socket = connect::connect(address).await?;
+        let connected = self.line.connect(socket, address, "").await;
+        connected.map_err(|error| Error::generic(reason(&error)).with_source(error))
+    }
+
+    async fn next(&self) -> Connection {
+        if let Some(first) = self.first.take() {
+            return first;
+        }
+        let Some(interval) = self.reconnect else {
+            return std::future::pending().await;
+        };
+        let mut is_reported = false;
+        loop {
+            match self.attempt().await {
+                Ok(connection) => return connection,
+                Err(error) => {
+                    if !is_reported {
+                        let id = &self.line.id;
+                        let what = format!("Unable to connect character device {id}");
+                        Origin::none().error(&error.context(what));
+                    }
+                    is_reported = true;
+                }
+            }
+            tokio::time::sleep(interval).await;
+        }
+    }
+}
+
+impl Backend for Client {
+    fn kind(&self) -> &'static str {
+        "socket"
+    }
+
+    fn filename(&self) -> String {
+        self.line.filename(&self.address.address, "")
+    }
+
+    fn connect(&self, _: usize) -> Connecting<'_> {
+        Box::pin(self.next())
+    }
+
+    fn property(&self, name: &str) -> Option<Value> {
+        self.line.property(name, &self.address)
+    }
+}
