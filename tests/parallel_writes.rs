@@ -143,6 +143,7 @@ fn fio_verifies(setup: &Setup, load: &[&str]) {
         "--direct=1",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--verify_dump=0",
         "--fallocate=none",
         "--randseed=4711",
