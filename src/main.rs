@@ -7,6 +7,7 @@ mod chardev;
 mod cmdline;
 mod daemon;
 mod daemonize;
+mod image;
 mod lifecycle;
 mod monitor;
 mod mount;

@@ -1,4 +1,4 @@
-//! The command line for people: `stord mount`, `stord umount`.
+//! The command line for people: `stord mount`, `stord umount`, and what is done to images.
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
@@ -6,6 +6,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::daemonize::{self, Half};
+use crate::image::check::{self, CheckArgs};
+use crate::image::create::{self, CreateArgs};
+use crate::image::info::{self, InfoArgs};
+use crate::image::resize::{self, ResizeArgs};
 use crate::mount::{self, MountArgs};
 use crate::report::Origin;
 use crate::umount::{self, UmountArgs};
@@ -25,6 +29,10 @@ struct CommandLine {
 enum Command {
     Mount(MountArgs),
     Umount(UmountArgs),
+    Create(CreateArgs),
+    Info(InfoArgs),
+    Check(CheckArgs),
+    Resize(ResizeArgs),
 }
 
 /// Whether the arguments, the program's name not among them, are for us and not for the daemon.
@@ -50,6 +58,10 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
     };
     match command {
         Command::Umount(args) => umount::run(&args),
+        Command::Create(args) => create::run(&args),
+        Command::Info(args) => info::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Resize(args) => resize::run(&args),
         Command::Mount(mount_args) if mount_args.foreground => mount::run(mount_args, None),
         Command::Mount(mount_args) => match daemonize::detach(argv0, args) {
             Ok(Half::Starter(status)) => status,

@@ -5,7 +5,7 @@
 //! that it is there and let the starter go. Order of the end: export, nodes, mountpoint, and last
 //! the registry's entry, for whose disappearance `stord umount` waits.
 
-mod guess;
+pub mod guess;
 pub mod mountinfo;
 pub mod mountpoint;
 mod partition;
@@ -389,7 +389,7 @@ fn other_files(info: &ImageInfo) -> Vec<String> {
 }
 
 /// A number of bytes as people read it.
-fn size_text(bytes: u64) -> String {
+pub fn size_text(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let (mut unit, mut whole, mut rest) = (None, bytes, 0);
     for name in UNITS {
