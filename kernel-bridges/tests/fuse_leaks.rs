@@ -10,15 +10,21 @@ use stord_qmp::schema::export::BlockExportRemoveMode::Safe;
 
 use support::{MIB, World, blocking, mounting, size};
 
+/// Threads of I/O contexts; those for blocking work come and go.
+fn contexts() -> usize {
+    let threads = fs::read_dir("/proc/self/task").unwrap();
+    threads
+        .filter(|thread| {
+            let name = fs::read(thread.as_ref().unwrap().path().join("comm"));
+            name.is_ok_and(|name| name.starts_with(b"io-"))
+        })
+        .count()
+}
+
 #[test]
 fn descriptors_and_threads_do_not_leak_over_many_mounts() {
     mounting(async || {
-        let count = || {
-            (
-                fs::read_dir("/proc/self/fd").unwrap().count(),
-                fs::read_dir("/proc/self/task").unwrap().count(),
-            )
-        };
+        let count = || (fs::read_dir("/proc/self/fd").unwrap().count(), contexts());
         let world = World::new().await;
         world.image("n", MIB).await;
         let path = world.mountpoint("e");
@@ -32,8 +38,7 @@ fn descriptors_and_threads_do_not_leak_over_many_mounts() {
         }
         let (descriptors, threads) = after_first.unwrap();
         assert_eq!(count().0, descriptors);
-        // Threads for blocking work come and go.
-        assert!(count().1 <= threads + 20, "{} of {threads}", count().1);
+        assert_eq!(count().1, threads);
         assert_eq!(world.deleted.borrow().len(), 200);
     });
 }

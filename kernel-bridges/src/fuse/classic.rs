@@ -21,8 +21,9 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_gettime};
 use stord_aio::sync::Notify;
 use stord_aio::{Context, Errno, IoVec, PolledFd, join_all, spawn_local, time, yield_now};
 use zerocopy::{FromBytes as _, IntoBytes as _};
@@ -33,6 +34,7 @@ use super::abi::{
 use super::buffers::{BEFORE_PAYLOAD, Buffers, RequestBuffer};
 use super::request::{Reply, Request};
 use super::session::Session;
+use super::waiting::{Clocks, Waiting};
 
 /// A queue with so many bytes of memory in use by tasks fetches no more.
 const MAX_BYTES_IN_FLIGHT: usize = 8 << 20;
@@ -47,6 +49,8 @@ const BATCH_BYTES: usize = 256 << 10;
 const LOOK_BEHIND: u32 = 8;
 /// A called queue that found nothing to help with so often goes back to rest.
 const USELESS_WAKES: u32 = 2;
+/// A client that sends nothing for so long pauses.
+const PAUSE: Duration = Duration::from_millis(1);
 /// A queue without requests for so long gives memory back.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -139,6 +143,7 @@ struct Pace {
     deep: bool,
     /// How often in a row the queue found too little to be of use.
     useless: u32,
+    waiting: Waiting,
 }
 
 /// What one step of a queue gave.
@@ -207,15 +212,24 @@ impl Queue {
                 return;
             }
             if is_helper && pace.useless > USELESS_WAKES {
-                pace = Pace::default();
+                pace.useless = 0;
+                pace.deep = false;
+                pace.streak = 0;
                 self.session.rest(self.index);
                 continue;
             }
             if step == Step::Empty {
                 pace.streak = 0;
                 self.trim_when_idle();
+                if !is_helper && self.look(&mut pace.waiting).await {
+                    continue;
+                }
+                let began = Instant::now();
                 if self.event().await.is_err() {
                     return;
+                }
+                if began.elapsed() > PAUSE {
+                    pace.waiting.disturbed();
                 }
             } else if pace.streak >= BURST {
                 pace.streak = 0;
@@ -238,6 +252,7 @@ impl Queue {
             }
         };
         pace.streak += 1;
+        pace.waiting.answered(clocks);
         let behind = if pace.streak.is_multiple_of(LOOK_BEHIND) {
             self.fetch()
         } else {
@@ -250,6 +265,7 @@ impl Queue {
             Fetched::Request(incoming) => {
                 pace.deep = true;
                 pace.useless = 0;
+                pace.waiting.disturbed();
                 self.session.call_help();
                 if let Some(answer) = self.handle(incoming) {
                     self.send(answer);
@@ -303,6 +319,35 @@ impl Queue {
             Some(end) => end,
             None => Step::Worked,
         }
+    }
+
+    /// Looks for the next request for a moment, where that is better than sleeping. True when there is something to do.
+    async fn look(self: &Rc<Self>, waiting: &mut Waiting) -> bool {
+        let Some(time) = waiting.look() else {
+            return false;
+        };
+        let began = Instant::now();
+        while began.elapsed() < time {
+            match self.fetch() {
+                Fetched::Request(incoming) => {
+                    waiting.answered(clocks);
+                    if let Some(answer) = self.handle(incoming) {
+                        self.send(answer);
+                    }
+                    return true;
+                }
+                // It is found again by who asks for it.
+                Fetched::Closed => return true,
+                Fetched::Empty | Fetched::TakenBack => {}
+            }
+            if self.session.is_stopping() || self.session.is_held() {
+                return true;
+            }
+            // The other tasks of the context, and its events.
+            yield_now().await;
+        }
+        waiting.looked_in_vain();
+        false
     }
 
     /// Waits for a request or a notice.
@@ -468,5 +513,13 @@ fn note_refusal(written: Result<usize, Errno>) {
         // The one who asked has gone, or the file system is unmounted.
         Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::EPERM | Errno::ECONNABORTED) => {}
         Err(errno) => tracing::error!(%errno, "a FUSE reply was refused"),
+    }
+}
+
+fn clocks() -> Clocks {
+    let read = |clock| clock_gettime(clock).map_or(Duration::ZERO, Duration::from);
+    Clocks {
+        wall: read(ClockId::CLOCK_MONOTONIC),
+        cpu: read(ClockId::CLOCK_THREAD_CPUTIME_ID),
     }
 }

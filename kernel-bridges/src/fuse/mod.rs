@@ -4,7 +4,7 @@
 //! export       life cycle, on the control thread
 //!   mount        how the file system gets to its path and away again    (kernel: the system calls, init: the first request)
 //!   session      what the queues share
-//!     classic      a queue: fetch, answer at once or as a task, reply   (buffers: memory for requests)
+//!     classic      a queue: fetch, answer at once or as a task, reply   (buffers: memory for requests, waiting)
 //!       request      what is asked, without its transport               (abi: the wire format)
 //!       file_system  what is answered                                   (attributes, space, resize)
 //! ```
@@ -24,6 +24,7 @@ mod session;
 mod space;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 pub(crate) use export::{Ended, FuseExport, FuseOptions, check_mountpoint};
 pub(crate) use resize::{ResizeRequest, serve_resizes};
