@@ -3,6 +3,7 @@
 mod crash;
 mod damage;
 mod harness;
+mod made;
 mod model;
 mod races;
 mod reading;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use stord_aio::{Errno, sim, spawn_local, yield_now};
 
 use super::harness::{Image, Setup, assert_same, created};
-use super::model::check;
+use super::made::check;
 use crate::driver::ZeroFlags;
 use crate::io;
 use crate::testing::{Fault, MemoryDisk};
@@ -50,7 +50,7 @@ async fn a_while() {
 async fn closed(image: Image, disk: &MemoryDisk, what: &str) {
     let content = image.read_all().await.expect("reads");
     image.close().await.expect("closes");
-    check(&disk.bytes(), None, &content, what, false);
+    check(&disk.bytes(), &content, what);
 }
 
 #[test]
