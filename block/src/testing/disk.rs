@@ -10,6 +10,9 @@ use stord_qmp::Error;
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
 use crate::graph::Permissions;
 
+/// The disk grows no longer than this, in bytes.
+const LARGEST: u64 = 1 << 30;
+
 /// A change that reached the disk, in the order of arrival.
 #[derive(Clone, Debug)]
 pub(crate) enum Operation {
@@ -163,6 +166,9 @@ impl MemoryDisk {
                     .and_then(|fault| fault(kind, offset, len))
                 {
                     Some(errno) => Err(errno),
+                    None if kind == Fault::Write && offset.saturating_add(len) > LARGEST => {
+                        Err(Errno::EFBIG)
+                    }
                     None => Ok(work(&mut inner)),
                 }
             };
@@ -188,13 +194,15 @@ impl Inner {
         self.bytes[start..end].copy_from_slice(data);
     }
 
+    /// The part of a range that lies on the disk.
+    fn inside(&self, offset: u64, len: u64) -> (usize, usize) {
+        let clip =
+            |at: u64| usize::try_from(at.min(self.bytes.len() as u64)).expect("fits into memory");
+        (clip(offset), clip(offset.saturating_add(len)))
+    }
+
     fn zero(&mut self, offset: u64, len: u64) {
-        let start = usize::try_from(offset)
-            .expect("fits into memory")
-            .min(self.bytes.len());
-        let end = usize::try_from(offset + len)
-            .expect("fits into memory")
-            .min(self.bytes.len());
+        let (start, end) = self.inside(offset, len);
         self.bytes[start..end].fill(0);
     }
 }
@@ -212,12 +220,7 @@ impl Protocol for MemoryDisk {
         let len = dst.len();
         // The task cannot keep the buffers, which the caller may look at only once this is done.
         let copied = self.request(Fault::Read, offset, len, move |inner| {
-            let start = usize::try_from(offset)
-                .expect("fits into memory")
-                .min(inner.bytes.len());
-            let end = usize::try_from(offset + len)
-                .expect("fits into memory")
-                .min(inner.bytes.len());
+            let (start, end) = inner.inside(offset, len);
             inner.bytes[start..end].to_vec()
         });
         Box::pin(async move {

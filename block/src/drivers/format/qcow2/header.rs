@@ -415,11 +415,11 @@ impl Extensions {
             };
             let (kind, len) = (extension.kind.get(), extension.len.get());
             offset += 8;
-            if kind == EXT_END {
-                return Ok(());
-            }
             if offset > end || u64::from(len) > end - offset {
                 return Err(Error::generic("Header extension too large"));
+            }
+            if kind == EXT_END {
+                return Ok(());
             }
             let known = matches!(
                 kind,

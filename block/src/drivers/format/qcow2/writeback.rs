@@ -24,12 +24,14 @@ use super::meta::Meta;
 use super::refcount::{Missing, RefcountBatch};
 use crate::driver::{DATA_FILE, FILE, IoFuture};
 
+// Tests reach the limits, too.
+
 /// Slices of L2 tables written back at a time.
-const MAX_SLICES: usize = 2048;
+const MAX_SLICES: usize = if cfg!(test) { 7 } else { 2048 };
 /// With so many changed slices in memory, writers help to write back.
-const DIRTY_SLICES: usize = 1024;
+const DIRTY_SLICES: usize = if cfg!(test) { 20 } else { 1024 };
 /// With so many runs of clusters waiting to be used again, writers help.
-const WAITING_FREES: usize = 4096;
+const WAITING_FREES: usize = if cfg!(test) { 50 } else { 4096 };
 
 type Writes = Vec<(u64, Vec<u8>)>;
 

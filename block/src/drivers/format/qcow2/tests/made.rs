@@ -48,7 +48,7 @@ impl Kind {
 const MIB: u64 = 1 << 20;
 
 /// A bit of everything.
-const MIXED: &[&str] = &[
+pub(super) const MIXED: &[&str] = &[
     "write -q -c -P 1 0 64k",
     "write -q -c -P 2 256k 512k",
     "write -q -P 3 1M 100k",
@@ -331,7 +331,7 @@ impl Made {
 fn backing_content(size: u64) -> Vec<u8> {
     let size = usize::try_from(size).expect("fits into memory");
     let byte = |at: usize| {
-        if at / 30_000 % 3 == 0 {
+        if (at / 30_000).is_multiple_of(3) {
             0
         } else {
             u8::try_from(at % 251).expect("a byte")

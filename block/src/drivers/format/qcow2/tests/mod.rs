@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod damaged;
 mod harness;
 mod made;
 mod model;
