@@ -114,23 +114,6 @@ fn check(options: &ChardevSocket) -> Result<Option<Duration>, Error> {
             "'wait' option is incompatible with socket in client connect mode",
         ));
     }
-    if options.tls_authz.is_some() && options.tls_creds.is_none() {
-        return Err(Error::generic(
-            "'tls_authz' option requires 'tls_creds' option",
-        ));
-    }
-    if !is_server && options.websocket.unwrap_or(false) {
-        return Err(Error::generic("Websocket client is not implemented"));
-    }
-    for (name, is_asked) in [
-        ("tls-creds", options.tls_creds.is_some()),
-        ("websocket", options.websocket.unwrap_or(false)),
-    ] {
-        if is_asked {
-            let message = format!("Parameter '{name}' is not supported by stord yet");
-            return Err(Error::generic(message));
-        }
-    }
     Ok(reconnect.map(Duration::from_millis))
 }
 
