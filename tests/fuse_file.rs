@@ -459,6 +459,7 @@ fn file_can_be_mapped() {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--verify_state_save=0",
+            "--verify_state_save=0",
             "--fallocate=none",
             &format!("--filename={}", mount.display()),
         ],

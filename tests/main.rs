@@ -11,6 +11,7 @@ mod fuse_file;
 mod locking;
 mod memory;
 mod mount_command;
+mod nodes;
 mod parallel_writes;
 mod qmp_clients;
 mod schema;

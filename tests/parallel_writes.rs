@@ -145,6 +145,7 @@ fn fio_verifies(setup: &Setup, load: &[&str]) {
         "--verify_fatal=1",
         "--verify_state_save=0",
         "--verify_dump=0",
+        "--verify_state_save=0",
         "--fallocate=none",
         "--randseed=4711",
         &filename,

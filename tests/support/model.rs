@@ -1,11 +1,17 @@
 //! A plain copy of what a disk must hold, beside which the real one is driven.
 
+use std::sync::LazyLock;
+
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-/// Random numbers that are the same in every run with the same seed.
+/// Random numbers that are the same in every run, unless `STORD_SEED` gives the run another number than 0.
 pub fn rng(seed: u64) -> StdRng {
-    StdRng::seed_from_u64(seed)
+    static RUN: LazyLock<u64> = LazyLock::new(|| {
+        let seed = std::env::var("STORD_SEED").unwrap_or_default();
+        seed.parse().unwrap_or(0)
+    });
+    StdRng::seed_from_u64(seed.wrapping_add(RUN.wrapping_mul(1_000_003)))
 }
 
 /// `len` bytes that no other call with another seed gives.
