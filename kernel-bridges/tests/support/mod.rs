@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use nix::mount::{MntFlags, umount2};
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
 use stord_block::{Contexts, Graph};
@@ -88,6 +89,20 @@ impl World {
     pub async fn until_deleted(&self, count: usize) {
         while self.deleted.borrow().len() < count {
             self.notify.notified().await;
+        }
+    }
+}
+
+impl Drop for World {
+    /// Leaves nothing mounted, whatever became of the test.
+    fn drop(&mut self) {
+        for entry in fs::read_dir(self.dir.path())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            // Most are not mounted.
+            let _ = umount2(&entry.path(), MntFlags::MNT_DETACH);
         }
     }
 }
