@@ -14,7 +14,6 @@ mod mount;
 mod notify;
 mod objects;
 mod pidfile;
-mod readiness;
 mod report;
 mod subcommand;
 mod trace;

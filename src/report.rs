@@ -26,11 +26,7 @@ pub fn program() -> &'static str {
 
 /// What went wrong in the words of the C library, without Rust's "(os error N)".
 pub fn reason(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    match text.rfind(" (os error ") {
-        Some(end) => text[..end].to_owned(),
-        None => text,
-    }
+    Error::reason(error)
 }
 
 /// Reports what is wrong with the command line itself, in the C library's form: under the program's

@@ -66,9 +66,17 @@ impl Error {
     /// An error of class `GenericError` that says what failed and why, in the words of the C library.
     pub fn os(what: impl fmt::Display, cause: impl Into<std::io::Error>) -> Self {
         let cause = cause.into();
-        let text = cause.to_string();
-        let reason = text.split(" (os error ").next().unwrap_or(&text);
+        let reason = Self::reason(&cause);
         Self::generic(format!("{what}: {reason}")).with_source(cause)
+    }
+
+    /// What went wrong in the words of the C library, without Rust's "(os error N)".
+    pub fn reason(cause: &std::io::Error) -> String {
+        let mut text = cause.to_string();
+        if let Some(end) = text.rfind(" (os error ") {
+            text.truncate(end);
+        }
+        text
     }
 
     /// The same error with advice for a person.

@@ -12,7 +12,7 @@ use stord_qmp::Error;
 use super::backend::Connecting;
 use super::file::{could_not_open, once};
 use super::{Backend, Connection};
-use crate::readiness::Descriptor;
+use stord_sockets::Descriptor;
 
 /// FIFOs.
 pub struct Pipe(Cell<Option<Connection>>);

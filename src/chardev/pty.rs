@@ -24,8 +24,8 @@ use tokio::io::{AsyncRead, ReadBuf};
 
 use super::backend::Connecting;
 use super::{Backend, Connection};
-use crate::readiness::Descriptor;
 use crate::report::reason;
+use stord_sockets::Descriptor;
 
 /// How often to look whether somebody has opened the terminal.
 const INTERVAL: Duration = Duration::from_millis(100);

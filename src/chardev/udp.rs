@@ -15,9 +15,9 @@ use tokio::net::UdpSocket;
 
 use super::backend::Connecting;
 use super::file::once;
-use super::resolve::{Purpose, resolve};
 use super::{Backend, Connection};
 use crate::report::reason;
+use stord_sockets::{Purpose, resolve};
 
 /// The most bytes in a datagram of IPv4; more is sent as several.
 const DATAGRAM_MAX: usize = 65507;

@@ -21,8 +21,8 @@ use tokio::task::AbortHandle;
 
 use super::class::{Class, Form, Property};
 use super::{Object, blocking, unknown};
-use crate::readiness::Polled;
 use crate::report::{Origin, reason};
+use stord_sockets::Polled;
 
 /// The type.
 pub const CLASS: Class = Class {

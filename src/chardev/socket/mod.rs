@@ -1,9 +1,6 @@
 //! The device that is a stream socket: a server, or a client that may connect again and again. Over
 //! it may be spoken telnet.
 
-mod address;
-mod connect;
-mod listen;
 mod telnet;
 
 use std::any::Any;
@@ -23,10 +20,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, split};
 
 use super::backend::Connecting;
 use super::{Backend, Connection, Setting};
-use crate::readiness::Descriptor;
 use crate::report::{Origin, reason};
-use listen::Listeners;
+use stord_sockets::Descriptor;
+use stord_sockets::{Listeners, address};
 use telnet::Telnet;
+
+/// One client is served at a time, and one may wait.
+const BACKLOG: i32 = 1;
 
 /// Both directions of a stream in one.
 trait Stream: AsyncRead + AsyncWrite + Unpin {}
@@ -76,7 +76,7 @@ pub async fn open(
             .map(|client| Box::new(client) as Box<_>);
     }
     let server = Server {
-        listeners: Listeners::open(&address).await?,
+        listeners: Listeners::open(&address, BACKLOG).await?,
         line,
         first: Cell::new(None),
     };
@@ -126,7 +126,7 @@ impl Line {
         address: &SocketAddressKind,
         role: &str,
     ) -> io::Result<Connection> {
-        if connect::has_nodelay(&socket) {
+        if stord_sockets::has_nodelay(&socket) {
             socket.set_tcp_nodelay(self.nodelay)?;
         }
         let description = self.describe(&socket, address, role);
@@ -292,7 +292,7 @@ impl Client {
 
     async fn attempt(&self) -> Result<Connection, Error> {
         let address = &self.address.address;
-        let socket = connect::connect(address).await?;
+        let socket = stord_sockets::connect(address).await?;
         let connected = self.line.connect(socket, address, "").await;
         connected.map_err(|error| Error::generic(reason(&error)).with_source(error))
     }

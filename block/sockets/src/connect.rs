@@ -7,11 +7,10 @@ use stord_qmp::Error;
 use stord_qmp::schema::socket::{InetSocketAddress, SocketAddressKind};
 use tokio::io::Interest;
 
-use super::address;
-use super::listen::{State, take};
-use crate::chardev::resolve::{Purpose, resolve};
+use crate::address;
+use crate::listen::{State, take};
 use crate::readiness::Polled;
-use crate::report::reason;
+use crate::resolve::{Purpose, resolve};
 
 /// Connects.
 ///
@@ -19,7 +18,7 @@ use crate::report::reason;
 /// Nobody listens there, or there is no such place.
 pub async fn connect(target: &SocketAddressKind) -> Result<Socket, Error> {
     let failed = |place: &str, error: io::Error| {
-        let reason = reason(&error);
+        let reason = Error::reason(&error);
         Error::generic(format!("Failed to connect to '{place}': {reason}")).with_source(error)
     };
     match target {
@@ -46,7 +45,7 @@ async fn connect_inet(inet: &InetSocketAddress) -> Result<Socket, Error> {
             Ok(socket) => {
                 if let Some(keep_alive) = inet.keep_alive {
                     socket.set_keepalive(keep_alive).map_err(|error| {
-                        let reason = reason(&error);
+                        let reason = Error::reason(&error);
                         Error::generic(format!(
                             "Unable to set keep-alive option on socket: {reason}"
                         ))
@@ -58,7 +57,7 @@ async fn connect_inet(inet: &InetSocketAddress) -> Result<Socket, Error> {
         }
     }
     let InetSocketAddress { host, port, .. } = inet;
-    let reason = reason(&failure);
+    let reason = Error::reason(&failure);
     Err(
         Error::generic(format!("Failed to connect to '{host}:{port}': {reason}"))
             .with_source(failure),

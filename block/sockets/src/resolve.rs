@@ -6,8 +6,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use stord_qmp::Error;
 use stord_qmp::schema::socket::InetSocketAddress;
 
-use crate::report::reason;
-
 /// What a resolved address is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -44,7 +42,7 @@ pub async fn resolve(
     } else {
         let looked_up = tokio::net::lookup_host((host.as_str(), port)).await;
         let addresses = looked_up.map_err(|error| {
-            let text = reason(&error);
+            let text = Error::reason(&error);
             let why = text.strip_prefix("failed to lookup address information: ");
             failed(why.unwrap_or(&text)).with_source(error)
         })?;

@@ -14,14 +14,10 @@ use stord_qmp::schema::socket::{
 };
 use tokio::io::Interest;
 
-use super::address;
-use crate::chardev::passed;
-use crate::chardev::resolve::{Purpose, resolve};
+use crate::address;
+use crate::passed;
 use crate::readiness::Polled;
-use crate::report::reason;
-
-/// How many clients the kernel lets wait while one is served.
-const BACKLOG: i32 = 1;
+use crate::resolve::{Purpose, resolve};
 
 /// Sockets that listen on one address, of several families maybe.
 pub struct Listeners {
@@ -40,19 +36,26 @@ impl Drop for SocketFile {
 }
 
 impl Listeners {
-    /// Starts to listen.
+    /// Starts to listen; the kernel lets `backlog` clients wait to be accepted.
     ///
     /// # Errors
     /// The address cannot be had.
-    pub async fn open(asked: &SocketAddressKind) -> Result<Self, Error> {
+    pub async fn open(asked: &SocketAddressKind, backlog: i32) -> Result<Self, Error> {
+        let mut options = Options {
+            mptcp: false,
+            backlog,
+        };
         let (sockets, file) = match asked {
-            SocketAddressKind::Inet(inet) => (listen_inet(inet).await?, None),
+            SocketAddressKind::Inet(inet) => {
+                options.mptcp = inet.mptcp.unwrap_or(false);
+                (listen_inet(inet, options).await?, None)
+            }
             SocketAddressKind::Unix(unix) => {
-                let (socket, file) = listen_unix(unix)?;
+                let (socket, file) = listen_unix(unix, options)?;
                 (vec![socket], file)
             }
             SocketAddressKind::Vsock(vsock) => {
-                let bound = bind(&address::vsock(vsock)?, Options::default());
+                let bound = bind(&address::vsock(vsock)?, options);
                 let socket = bound.map_err(|error| failed("Failed to bind socket", error))?;
                 (vec![socket], None)
             }
@@ -92,7 +95,7 @@ impl Listeners {
 }
 
 fn failed(what: &str, error: io::Error) -> Error {
-    let reason = reason(&error);
+    let reason = Error::reason(&error);
     Error::generic(format!("{what}: {reason}")).with_source(error)
 }
 
@@ -129,7 +132,10 @@ pub fn take(text: &str, state: State) -> Result<Socket, Error> {
     Ok(socket)
 }
 
-fn listen_unix(unix: &UnixSocketAddress) -> Result<(Socket, Option<SocketFile>), Error> {
+fn listen_unix(
+    unix: &UnixSocketAddress,
+    options: Options,
+) -> Result<(Socket, Option<SocketFile>), Error> {
     let path = &unix.path;
     let what = format!("Failed to bind socket to {path}");
     let name = address::unix(unix)?;
@@ -141,7 +147,7 @@ fn listen_unix(unix: &UnixSocketAddress) -> Result<(Socket, Option<SocketFile>),
         let absolute = std::path::absolute(path).map_err(|error| failed(&what, error))?;
         file = Some(absolute);
     }
-    let socket = bind(&name, Options::default()).map_err(|error| failed(&what, error))?;
+    let socket = bind(&name, options).map_err(|error| failed(&what, error))?;
     Ok((socket, file.map(SocketFile)))
 }
 
@@ -153,7 +159,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-async fn listen_inet(inet: &InetSocketAddress) -> Result<Vec<Socket>, Error> {
+async fn listen_inet(inet: &InetSocketAddress, options: Options) -> Result<Vec<Socket>, Error> {
     if inet.keep_alive.is_some() {
         return Err(Error::generic(
             "keep-alive option is not supported for passive sockets",
@@ -163,7 +169,7 @@ async fn listen_inet(inet: &InetSocketAddress) -> Result<Vec<Socket>, Error> {
     let mut sockets = Vec::new();
     let mut failure = None;
     for candidate in resolve(inet, Purpose::Listen).await? {
-        match listen_tcp(candidate, inet) {
+        match listen_tcp(candidate, inet.to, options) {
             Ok(socket) => sockets.push(socket),
             // One family may be missing on this machine; any other failure is the caller's.
             Err(error) if is_missing_family(&error) => failure = Some(error),
@@ -184,12 +190,9 @@ fn is_missing_family(error: &io::Error) -> bool {
 }
 
 /// Listens on the first free port from the address's to the last one allowed.
-fn listen_tcp(address: SocketAddr, inet: &InetSocketAddress) -> io::Result<Socket> {
-    let options = Options {
-        mptcp: inet.mptcp.unwrap_or(false),
-    };
+fn listen_tcp(address: SocketAddr, to: Option<u16>, options: Options) -> io::Result<Socket> {
     let first_port = address.port();
-    let last_port = inet.to.unwrap_or(0).max(first_port);
+    let last_port = to.unwrap_or(0).max(first_port);
     for port in first_port..=last_port {
         match bind(&SocketAddr::new(address.ip(), port).into(), options) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && port < last_port => {}
@@ -199,9 +202,10 @@ fn listen_tcp(address: SocketAddr, inet: &InetSocketAddress) -> io::Result<Socke
     Err(io::ErrorKind::AddrInUse.into())
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Options {
     mptcp: bool,
+    backlog: i32,
 }
 
 fn bind(address: &SockAddr, options: Options) -> io::Result<Socket> {
@@ -218,6 +222,6 @@ fn bind(address: &SockAddr, options: Options) -> io::Result<Socket> {
         _ => {}
     }
     socket.bind(address)?;
-    socket.listen(BACKLOG)?;
+    socket.listen(options.backlog)?;
     Ok(socket)
 }

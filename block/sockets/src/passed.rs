@@ -6,8 +6,6 @@ use std::os::fd::{OwnedFd, RawFd};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use stord_qmp::Error;
 
-use crate::report::reason;
-
 /// A duplicate of the descriptor of that number, which stays open.
 ///
 /// # Errors
@@ -17,7 +15,7 @@ pub fn duplicate(text: &str) -> Result<OwnedFd, Error> {
         .parse()
         .map_err(|_| Error::generic(format!("Unable to parse FD number {text}")))?;
     get(number).map_err(|error| {
-        let reason = reason(&error);
+        let reason = Error::reason(&error);
         Error::generic(format!("Could not use file descriptor '{text}': {reason}"))
             .with_source(error)
     })
