@@ -31,6 +31,7 @@ use tokio::sync::oneshot;
 use crate::engine::{Engine, Wait};
 use crate::executor::{self, Local};
 use crate::polling::{self, PollParams, Spinner};
+use crate::pool::{self, PoolLimits};
 use crate::remote::{self, Mailbox, Message};
 use crate::task::ExecutorId;
 
@@ -55,6 +56,8 @@ pub struct ContextConfig {
     pub poll: PollParams,
     /// Submit as soon as so many operations are queued; 0 leaves it to the context.
     pub batch: u32,
+    /// How many of its jobs may block at a time.
+    pub pool: PoolLimits,
 }
 
 /// The context has ended, or ended before the work was done.
@@ -104,6 +107,7 @@ impl Context {
             force_fallback,
             poll,
             batch,
+            pool: pool_limits,
         } = config;
         let thread_name = name.replace('\0', "");
         let spawned = thread::Builder::new()
@@ -148,6 +152,7 @@ impl Context {
                 thread: Mutex::new(Some(thread)),
             }),
         };
+        pool::set_limits(id, pool_limits);
         hand_over
             .send(context.clone())
             .expect("the thread waits for it");
@@ -246,6 +251,19 @@ impl Context {
     /// The polling parameters.
     pub fn polling(&self) -> PollParams {
         *self.lock_polling()
+    }
+
+    /// Changes how many operations are queued before they are submitted; 0 leaves it to the context.
+    pub fn set_batch(&self, batch: u32) {
+        let set = move || executor::with(|local| local.engine.set_batch(batch));
+        // A context that has ended submits nothing.
+        let _ = remote::send(self.shared.id, Message::Run(Box::new(set)));
+    }
+
+    /// Changes how many blocking jobs of this context run at a time, and how many threads are kept
+    /// for them.
+    pub fn set_pool_limits(&self, limits: PoolLimits) {
+        pool::set_limits(self.shared.id, limits);
     }
 
     fn lock_polling(&self) -> std::sync::MutexGuard<'_, PollParams> {
@@ -393,6 +411,8 @@ fn finish(local: &Local, mailbox: &Mailbox) -> bool {
         return false;
     }
     local.engine.shut_down(local);
+    // While the index is still ours.
+    pool::reset_limits(local.id);
     if mailbox.close_if_empty() {
         return true;
     }

@@ -57,6 +57,13 @@ impl Engine {
         Fallback::new(context).map(Engine::Fallback)
     }
 
+    /// Submits as soon as `batch` operations are queued; 0 leaves it to the engine.
+    pub(crate) fn set_batch(&self, batch: u32) {
+        if let Engine::Ring(ring) = self {
+            ring.set_batch(batch);
+        }
+    }
+
     /// Gets ready for the loop.
     pub(crate) fn start(&self, local: &Local) {
         if let Engine::Ring(ring) = self {

@@ -40,4 +40,5 @@ pub use join::join_all;
 pub use nix::errno::Errno;
 pub use polled::PolledFd;
 pub use polling::{PollParams, Spinner};
+pub use pool::PoolLimits;
 pub use uring_cmd::{UringCmd, uring_cmd};

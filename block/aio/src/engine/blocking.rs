@@ -10,43 +10,57 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use crate::executor::Local;
 use crate::op::{Action, Request, Resources, When};
-use crate::pool;
+use crate::pool::{self, Job};
 use crate::remote::{self, Message};
 use crate::syscall::{self, Segments};
+use crate::task::ExecutorId;
 
 /// An operation on its way to a blocking thread.
-struct Job {
+struct Blocking {
     fd: RawFd,
     action: Action,
     segments: Segments,
+    context: ExecutorId,
+    slot: u32,
+    result: i32,
 }
 
 // SAFETY: the segments point into buffers that the operation's slot owns until `Complete` has been
 // received for it (see `op`), so they may be used from any thread until then.
-unsafe impl Send for Job {}
+unsafe impl Send for Blocking {}
 
-impl Job {
-    fn run(&self) -> i32 {
+impl Job for Blocking {
+    fn run(&mut self) {
         // SAFETY: see the implementation of `Send`.
-        unsafe { syscall::perform(self.fd, self.action, &self.segments) }
+        self.result = unsafe { syscall::perform(self.fd, self.action, &self.segments) };
+    }
+
+    fn deliver(self: Box<Self>) {
+        let message = Message::Complete {
+            slot: self.slot,
+            result: self.result,
+        };
+        // The context does not end before this operation, so it still receives.
+        let sent = remote::send(self.context, message);
+        debug_assert!(sent.is_ok(), "a context ended before its operations");
     }
 }
 
 /// Hands an operation to the pool of blocking threads.
 pub(crate) fn submit_to_pool(local: &Local, request: Request) -> u32 {
-    let job = Job {
-        fd: request.descriptor.as_raw_fd(),
-        action: request.action,
-        segments: syscall::segments(&request.buffers),
-    };
+    let fd = request.descriptor.as_raw_fd();
+    let action = request.action;
+    let segments = syscall::segments(&request.buffers);
     let slot = local.slots.borrow_mut().insert(Resources::of(request)).0;
-    let context = local.id;
-    pool::start(Box::new(move || {
-        let result = job.run();
-        // The context does not end before this operation, so it still receives.
-        let sent = remote::send(context, Message::Complete { slot, result });
-        debug_assert!(sent.is_ok(), "a context ended before its operations");
-    }));
+    let job = Blocking {
+        fd,
+        action,
+        segments,
+        context: local.id,
+        slot,
+        result: 0,
+    };
+    pool::start(local.id, Box::new(job));
     slot
 }
 

@@ -55,7 +55,7 @@ pub(crate) struct Ring {
     /// The slot of the read of the eventfd.
     wake_slot: Cell<Option<u32>>,
     /// So many entries are submitted at once, without waiting for the end of the turn.
-    batch: usize,
+    batch: Cell<usize>,
 }
 
 impl Ring {
@@ -81,12 +81,13 @@ impl Ring {
             entrance,
             ring: RefCell::new(ring),
             wake_slot: Cell::new(None),
-            batch: if batch == 0 {
-                SUBMISSIONS as usize
-            } else {
-                batch as usize
-            },
+            batch: Cell::new(batch_size(batch)),
         })
+    }
+
+    /// Submits as soon as `batch` operations are queued; 0 for when the queue is full.
+    pub(crate) fn set_batch(&self, batch: u32) {
+        self.batch.set(batch_size(batch));
     }
 
     /// Starts to listen for other threads.
@@ -109,8 +110,8 @@ impl Ring {
     pub(crate) fn submit(&self, local: &Local, request: Request) -> u32 {
         let action = request.action;
         let batch = match request.batch {
-            0 => self.batch,
-            batch => self.batch.min(batch as usize),
+            0 => self.batch.get(),
+            batch => self.batch.get().min(batch as usize),
         };
         let (index, entry) = {
             let mut slots = local.slots.borrow_mut();
@@ -137,7 +138,7 @@ impl Ring {
             .build()
             .user_data(WAIT_OF | u64::from(slot))
             .flags(squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS);
-        self.push(local, &[poll.into(), transfer.into()], self.batch);
+        self.push(local, &[poll.into(), transfer.into()], self.batch.get());
     }
 
     /// Queues a prepared entry, whose memory the resources own.
@@ -148,7 +149,7 @@ impl Ring {
         entry: squeue::Entry128,
     ) -> u32 {
         let (index, _) = local.slots.borrow_mut().insert(resources);
-        self.push(local, &[entry.user_data(index.into())], self.batch);
+        self.push(local, &[entry.user_data(index.into())], self.batch.get());
         index
     }
 
@@ -181,7 +182,7 @@ impl Ring {
         // Whichever of the two there is. A transfer behind a wait fails when the wait does.
         for data in [u64::from(slot), WAIT_OF | u64::from(slot)] {
             let entry = opcode::AsyncCancel::new(data).build().user_data(UNATTENDED);
-            self.push(local, &[entry.into()], self.batch);
+            self.push(local, &[entry.into()], self.batch.get());
         }
     }
 
@@ -267,7 +268,15 @@ impl Ring {
             let mut slots = local.slots.borrow_mut();
             entry(WAKE, slots.at(slot)).user_data(slot.into())
         };
-        self.push(local, &[entry.into()], self.batch);
+        self.push(local, &[entry.into()], self.batch.get());
+    }
+}
+
+fn batch_size(batch: u32) -> usize {
+    if batch == 0 {
+        SUBMISSIONS as usize
+    } else {
+        batch as usize
     }
 }
 

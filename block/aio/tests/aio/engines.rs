@@ -26,7 +26,7 @@ impl Which {
             name: format!("{self:?}"),
             force_fallback: self == Which::Fallback,
             poll,
-            batch: 0,
+            ..ContextConfig::default()
         };
         Context::start(config).expect("a context starts")
     }
