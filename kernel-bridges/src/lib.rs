@@ -3,6 +3,7 @@
 //! [`ExportRegistry`] adds, removes and lists them, on the control thread. An export sees the block layer as a
 //! [`stord_block::Backend`] and never a driver; each of its queues is a set of local tasks on one I/O context.
 
+mod export;
 mod fuse;
 mod registry;
 

@@ -18,7 +18,8 @@ use stord_qmp::schema::export::{
     BlockExportOptionsFuse, BlockExportRemoveMode, BlockExportType, FuseExportAllowOther,
 };
 
-use crate::fuse::{Ended, FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes};
+use crate::export::{Ended, Export, Parts};
+use crate::fuse::{FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes};
 
 /// So many contexts serve an export that names none.
 const DEFAULT_QUEUES: usize = 2;
@@ -48,11 +49,11 @@ struct Entry {
     id: String,
     kind: BlockExportType,
     node_name: String,
-    /// As the user wrote it; exports on the same one exclude each other.
-    mountpoint: String,
+    /// The mountpoint of a FUSE export as the user wrote it; exports on the same one exclude each other.
+    mountpoint: Option<String>,
     shutting_down: Cell<bool>,
     /// `None` while it is being set up.
-    export: RefCell<Option<Rc<FuseExport>>>,
+    export: RefCell<Option<Rc<dyn Export>>>,
     stage: watch::Sender<Stage>,
 }
 
@@ -101,21 +102,22 @@ impl ExportRegistry {
             )));
         }
         let node = self.graph.find(&options.node_name)?;
-        let BlockExportKind::Fuse(fuse) = &options.kind;
+        let (kind, mountpoint) = match &options.kind {
+            BlockExportKind::Fuse(fuse) => (BlockExportType::Fuse, Some(fuse.mountpoint.clone())),
+        };
         let (stage, _) = watch::channel(Stage::Starting);
         let entry = Rc::new(Entry {
             id: options.id.clone(),
-            kind: BlockExportType::Fuse,
+            kind,
             node_name: node.name().to_owned(),
-            mountpoint: fuse.mountpoint.clone(),
+            mountpoint,
             shutting_down: Cell::new(false),
             export: RefCell::new(None),
             stage,
         });
         drop(node);
-        let is_taken = self.mountpoint_is_taken(&entry.mountpoint);
         self.exports.borrow_mut().push(Rc::clone(&entry));
-        let started = self.start(&entry, &options, fuse, is_taken).await;
+        let started = self.start(&entry, &options).await;
         if started.is_err() {
             self.forget(&entry);
         }
@@ -126,12 +128,12 @@ impl ExportRegistry {
         self: &Rc<Self>,
         entry: &Rc<Entry>,
         options: &BlockExportOptions,
-        fuse: &BlockExportOptionsFuse,
-        mountpoint_is_taken: bool,
     ) -> Result<(), Error> {
         let placement = self.place(options)?;
         let writable = options.writable.unwrap_or(false);
-        let growable = writable && fuse.growable.unwrap_or(false);
+        let growable = match &options.kind {
+            BlockExportKind::Fuse(fuse) => writable && fuse.growable.unwrap_or(false),
+        };
         let backend = match self.attach(options, writable, growable).await {
             Ok(backend) => backend,
             Err(error) => {
@@ -139,27 +141,16 @@ impl ExportRegistry {
                 return Err(error);
             }
         };
-        let writethrough = options.writethrough.unwrap_or(false);
-        let allow_other = fuse.allow_other.unwrap_or(FuseExportAllowOther::Auto);
-        let started = async {
-            if mountpoint_is_taken {
-                return Err(Error::generic(format!(
-                    "There already is a FUSE export on '{}'",
-                    fuse.mountpoint
-                )));
-            }
-            let options = FuseOptions {
-                path: check_mountpoint(&fuse.mountpoint).await?,
-                allow_other,
-                writable,
-                growable,
-                writethrough,
-                resizes: (writable && !growable)
-                    .then(|| self.serve_resizes(entry, &placement.contexts)),
-            };
-            FuseExport::start(options, backend.clone(), &placement.contexts).await
+        let parts = Parts {
+            backend: backend.clone(),
+            contexts: placement.contexts.clone(),
+            writable,
+            writethrough: options.writethrough.unwrap_or(false),
         };
-        match started.await {
+        let started = match &options.kind {
+            BlockExportKind::Fuse(fuse) => self.start_fuse(entry, fuse, parts).await,
+        };
+        match started {
             Ok((export, ended)) => {
                 self.supervise(entry, export, ended, backend, placement);
                 Ok(())
@@ -170,6 +161,30 @@ impl ExportRegistry {
                 Err(error)
             }
         }
+    }
+
+    async fn start_fuse(
+        self: &Rc<Self>,
+        entry: &Rc<Entry>,
+        options: &BlockExportOptionsFuse,
+        parts: Parts,
+    ) -> Result<(Rc<dyn Export>, Ended), Error> {
+        if self.mountpoint_is_taken(entry) {
+            return Err(Error::generic(format!(
+                "There already is a FUSE export on '{}'",
+                options.mountpoint
+            )));
+        }
+        let growable = options.growable.unwrap_or(false);
+        let options = FuseOptions {
+            path: check_mountpoint(&options.mountpoint).await?,
+            allow_other: options.allow_other.unwrap_or(FuseExportAllowOther::Auto),
+            growable: parts.writable && growable,
+            resizes: (parts.writable && !growable)
+                .then(|| self.serve_resizes(entry, &parts.contexts)),
+        };
+        let (export, ended) = FuseExport::start(options, parts).await?;
+        Ok((Rc::new(export), ended))
     }
 
     /// Chooses the contexts of an export.
@@ -265,12 +280,11 @@ impl ExportRegistry {
     fn supervise(
         self: &Rc<Self>,
         entry: &Rc<Entry>,
-        export: FuseExport,
+        export: Rc<dyn Export>,
         ended: Ended,
         backend: Backend,
         placement: Placement,
     ) {
-        let export = Rc::new(export);
         *entry.export.borrow_mut() = Some(Rc::clone(&export));
         entry.stage.send_replace(Stage::Running);
         let (registry, entry) = (Rc::clone(self), Rc::clone(entry));
@@ -288,18 +302,26 @@ impl ExportRegistry {
         });
     }
 
-    /// Removes an export. `Safe` and `Hard` are the same for FUSE: whoever has the file open finds it gone.
+    /// Removes an export. One that somebody uses stays with `Safe`. `Safe` and `Hard` are the same for FUSE: whoever has the file
+    /// open finds it gone.
     ///
     /// Returns when the export is gone, or after a while in which it could not go because a request does not end.
     ///
     /// # Errors
-    /// There is no such export, or it is only being set up.
+    /// There is no such export, or it is only being set up, or somebody uses it.
     pub async fn del(self: &Rc<Self>, id: &str, mode: BlockExportRemoveMode) -> Result<(), Error> {
-        // No type of export has yet something that only `Hard` takes away.
-        let (BlockExportRemoveMode::Safe | BlockExportRemoveMode::Hard) = mode;
         let entry = self
             .find(id)
             .ok_or_else(|| Error::generic(format!("Export '{id}' is not found")))?;
+        let is_in_use = entry
+            .export
+            .borrow()
+            .as_ref()
+            .is_some_and(|export| export.is_in_use());
+        if mode == BlockExportRemoveMode::Safe && is_in_use {
+            return Err(Error::generic(format!("export '{id}' still in use"))
+                .with_hint("Use mode='hard' to force client disconnect"));
+        }
         let stage = entry.stage.subscribe();
         if !self.request_shutdown(&entry) {
             return Err(Error::generic(format!("export '{id}' still in use")));
@@ -359,9 +381,11 @@ impl ExportRegistry {
         exports.iter().find(|entry| entry.id == id).cloned()
     }
 
-    fn mountpoint_is_taken(&self, mountpoint: &str) -> bool {
+    fn mountpoint_is_taken(&self, by: &Rc<Entry>) -> bool {
         let exports = self.exports.borrow();
-        exports.iter().any(|entry| entry.mountpoint == mountpoint)
+        exports
+            .iter()
+            .any(|entry| !Rc::ptr_eq(entry, by) && entry.mountpoint == by.mountpoint)
     }
 
     fn forget(&self, entry: &Rc<Entry>) {

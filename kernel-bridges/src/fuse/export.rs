@@ -4,21 +4,20 @@
 //! queues are told to stop, which ends the connection for whoever has the file open still; when all of them have ended, the backend
 //! goes. An unmount by somebody else ends the queues, and the rest follows.
 
-use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use stord_aio::sync::mpsc;
 use stord_aio::{Context, pool};
-use stord_block::Backend;
 use stord_block::drivers::protocol::file::own_mounts;
 use stord_qmp::Error;
 use stord_qmp::schema::export::FuseExportAllowOther;
+
+use crate::export::{Ended, Export, LocalFuture, Parts};
 
 use super::buffers::MAX_PAYLOAD;
 use super::classic;
@@ -36,9 +35,7 @@ pub(crate) struct FuseOptions {
     /// The regular file to mount over; see [`check_mountpoint`].
     pub(crate) path: PathBuf,
     pub(crate) allow_other: FuseExportAllowOther,
-    pub(crate) writable: bool,
     pub(crate) growable: bool,
-    pub(crate) writethrough: bool,
     /// Who changes the image's length where the backend may not.
     pub(crate) resizes: Option<mpsc::UnboundedSender<ResizeRequest>>,
 }
@@ -48,9 +45,6 @@ pub(crate) struct FuseExport {
     session: Arc<Session>,
     mount: Mount,
 }
-
-/// Resolves when every queue of an export has ended.
-pub(crate) type Ended = Pin<Box<dyn Future<Output = ()>>>;
 
 /// Looks whether a mountpoint can be one, and gives its absolute path.
 ///
@@ -85,16 +79,18 @@ fn cannot_stat(mountpoint: &str, error: &io::Error) -> Error {
 }
 
 impl FuseExport {
-    /// Mounts `backend` and serves it on `contexts`, one queue on each. The second result resolves when all queues have ended, for
+    /// Mounts the backend and serves it, one queue on each context. The second result resolves when all queues have ended, for
     /// whatever reason; [`finish`](Self::finish) has to follow.
     ///
     /// # Errors
     /// It cannot be mounted.
-    pub(crate) async fn start(
-        options: FuseOptions,
-        backend: Backend,
-        contexts: &[Context],
-    ) -> Result<(Self, Ended), Error> {
+    pub(crate) async fn start(options: FuseOptions, parts: Parts) -> Result<(Self, Ended), Error> {
+        let Parts {
+            backend,
+            contexts,
+            writable,
+            writethrough,
+        } = parts;
         let (mounted, allow_other) = set_up(&options.path, options.allow_other).await?;
         let Mounted {
             device,
@@ -104,9 +100,9 @@ impl FuseExport {
         } = mounted;
         tracing::debug!(path = %options.path.display(), ?flags, allow_other, "FUSE connection");
         let presentation = Presentation {
-            writable: options.writable,
+            writable,
             growable: options.growable,
-            writethrough: options.writethrough,
+            writethrough,
             allow_other,
         };
         let devices = clone_devices(device, contexts.len());
@@ -114,7 +110,7 @@ impl FuseExport {
         let file_system = FileSystem::new(backend, presentation, resizer);
         let session = Session::new(file_system, devices.len());
         own_mounts::add(mount.device_number());
-        let ended = serve(devices, contexts, &session);
+        let ended = serve(devices, &contexts, &session);
         let export = Self { session, mount };
         if let Err(error) = pool::run(move || attachment.attach()).await {
             export.session.stop();
@@ -125,28 +121,37 @@ impl FuseExport {
         Ok((export, ended))
     }
 
-    /// Takes the export down; its queues end soon, unless a request of theirs does not.
-    pub(crate) async fn shut_down(&self) {
-        let unmounting = self.unmount();
-        if tokio::time::timeout(UNMOUNT_PATIENCE, unmounting)
-            .await
-            .is_err()
-        {
-            tracing::warn!("unmounting takes long, ending the connection");
-        }
-        self.session.stop();
-    }
-
-    /// Cleans up after the queues have ended.
-    pub(crate) async fn finish(&self) {
-        // Where the connection was aborted, the dead mount is still there.
-        self.unmount().await;
-        own_mounts::remove(self.mount.device_number());
-    }
-
     async fn unmount(&self) {
         let mount = self.mount.clone();
         pool::run(move || mount.unmount()).await;
+    }
+}
+
+impl Export for FuseExport {
+    /// Whoever has the file open finds it gone, in either mode, as in the reference.
+    fn is_in_use(&self) -> bool {
+        false
+    }
+
+    fn shut_down(&self) -> LocalFuture<'_> {
+        Box::pin(async {
+            let unmounting = self.unmount();
+            if tokio::time::timeout(UNMOUNT_PATIENCE, unmounting)
+                .await
+                .is_err()
+            {
+                tracing::warn!("unmounting takes long, ending the connection");
+            }
+            self.session.stop();
+        })
+    }
+
+    fn finish(&self) -> LocalFuture<'_> {
+        Box::pin(async {
+            // Where the connection was aborted, the dead mount is still there.
+            self.unmount().await;
+            own_mounts::remove(self.mount.device_number());
+        })
     }
 }
 

@@ -26,5 +26,5 @@ mod space;
 mod tests;
 mod waiting;
 
-pub(crate) use export::{Ended, FuseExport, FuseOptions, check_mountpoint};
+pub(crate) use export::{FuseExport, FuseOptions, check_mountpoint};
 pub(crate) use resize::{ResizeRequest, serve_resizes};
