@@ -13,6 +13,7 @@ use stord_aio::sync::{mpsc, watch};
 use stord_block::graph::Claim;
 use stord_block::{Backend, Contexts, Graph, Permissions};
 use stord_qmp::Error;
+use stord_qmp::schema::block::OnOffAuto;
 use stord_qmp::schema::export::{
     BlockExportInfo, BlockExportIothreads, BlockExportKind, BlockExportOptions,
     BlockExportOptionsFuse, BlockExportRemoveMode, BlockExportType, FuseExportAllowOther,
@@ -180,10 +181,11 @@ impl ExportRegistry {
             path: check_mountpoint(&options.mountpoint).await?,
             allow_other: options.allow_other.unwrap_or(FuseExportAllowOther::Auto),
             growable: parts.writable && growable,
+            io_uring: options.io_uring.unwrap_or(OnOffAuto::Auto),
             resizes: (parts.writable && !growable)
                 .then(|| self.serve_resizes(entry, &parts.contexts)),
         };
-        let (export, ended) = FuseExport::start(options, parts).await?;
+        let (export, ended) = FuseExport::start(&options, &parts).await?;
         Ok((Rc::new(export), ended))
     }
 

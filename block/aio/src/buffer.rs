@@ -163,6 +163,31 @@ impl IoBuffer {
         unsafe { ptr::write_bytes(self.ptr, byte, self.len) };
     }
 
+    /// Gives the memory behind the bytes `range` back to the system, as far as these are whole
+    /// pages of a large buffer made by [`zeroed`](Self::zeroed): they read as zeroes then, and take
+    /// memory again when touched. Other bytes stay as they are.
+    ///
+    /// # Panics
+    ///
+    /// When the range does not lie inside the buffer.
+    pub fn release(&self, range: Range<usize>) {
+        self.check(range.start, range.end);
+        let is_ours = self
+            .owner
+            .downcast_ref::<Memory>()
+            .is_some_and(|memory| matches!(memory.source, Source::Mapping));
+        let start = (self.addr() + range.start).next_multiple_of(ALIGNMENT) - self.addr();
+        let end = (self.addr() + range.end) & !(ALIGNMENT - 1);
+        let Some(len) = end.checked_sub(self.addr() + start) else {
+            return;
+        };
+        if is_ours && len > 0 {
+            // SAFETY: these are pages of our own anonymous mapping, which the owner keeps alive;
+            // as with every transfer, whoever uses the bytes meanwhile gets other bytes at worst.
+            unsafe { libc::madvise(self.ptr.add(start).cast(), len, libc::MADV_DONTNEED) };
+        }
+    }
+
     /// Copies the whole of `from` to offset `at`; the two may overlap.
     ///
     /// # Panics

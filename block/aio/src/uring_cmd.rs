@@ -21,8 +21,11 @@ use crate::executor;
 use crate::iovec::IoVec;
 use crate::op::{Descriptor, Op, Resources};
 
-/// Queues an `IORING_OP_URING_CMD` with 80 bytes of command on the ring of this context; `addr` is
-/// the entry's address field. `None` when the context has no ring.
+/// Where the kernel's `struct io_uring_sqe` has its length field, which the binding leaves zero.
+const LEN_AT: usize = 24;
+
+/// Queues an `IORING_OP_URING_CMD` with 80 bytes of command on the ring of this context; `addr` and
+/// `len` are the entry's fields of these names. `None` when the context has no ring.
 ///
 /// # Safety
 ///
@@ -37,16 +40,26 @@ pub unsafe fn uring_cmd(
     operation: u32,
     command: [u8; 80],
     addr: u64,
+    len: u32,
     keep: Rc<dyn Any>,
 ) -> Option<UringCmd> {
     executor::with(|local| {
         let Engine::Ring(ring) = &local.engine else {
             return None;
         };
-        let entry = UringCmd80::new(Fd(fd.as_raw_fd()), operation)
+        let mut entry = UringCmd80::new(Fd(fd.as_raw_fd()), operation)
             .cmd(command)
             .addr(Some(addr))
             .build();
+        // SAFETY: the entry is a `struct io_uring_sqe` and 64 bytes more, and any value of its
+        // length field is a valid one.
+        unsafe {
+            (&raw mut entry)
+                .cast::<u8>()
+                .add(LEN_AT)
+                .cast::<u32>()
+                .write(len);
+        }
         let resources = Resources {
             descriptor: Descriptor::Local(Rc::clone(fd)),
             buffers: IoVec::new(),

@@ -42,6 +42,14 @@ pub(super) mod opcode {
 /// A message to the kernel that no request asked for; goes into [`OutHeader::error`].
 pub(super) const NOTIFY_INVAL_INODE: i32 = 2;
 
+/// Commands of FUSE over io_uring (Linux 6.14).
+pub(super) mod ring_command {
+    /// Makes an entry known, and fetches its first request.
+    pub(crate) const REGISTER: u32 = 1;
+    /// Gives a reply in exchange for the next request.
+    pub(crate) const COMMIT_AND_FETCH: u32 = 2;
+}
+
 bitflags! {
     /// What kernel and daemon agree upon in INIT; bits from 32 on travel in `flags2`.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -255,6 +263,23 @@ wire! {
         frsize: u32,
         padding: u32,
         spare: [u32; 6],
+    }
+
+    /// The command area of a submission queue entry.
+    struct CommandIn[24] {
+        flags: u64,
+        commit_id: u64,
+        qid: u16,
+        padding: [u8; 6],
+    }
+
+    /// What accompanies request and reply in a ring entry.
+    struct RingEntryInOut[32] {
+        flags: u64,
+        commit_id: u64,
+        payload_sz: u32,
+        padding: u32,
+        reserved: u64,
     }
 
     /// A negative `off` leaves cached pages alone and only drops the attributes.

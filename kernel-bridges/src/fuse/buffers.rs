@@ -12,7 +12,7 @@
 //! Untouched pages take no memory, so that a small request costs two pages; pages that a large one touched are given back when the
 //! queue has been idle for a while ([`Buffers::trim`]).
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 
 use stord_aio::{IoBuffer, IoVec};
 use zerocopy::IntoBytes as _;
@@ -87,14 +87,11 @@ impl RequestBuffer {
 #[derive(Default)]
 pub(super) struct Buffers {
     free: RefCell<Vec<RequestBuffer>>,
-    /// How often a buffer was taken, to tell an idle queue.
-    taken: Cell<u64>,
 }
 
 impl Buffers {
     /// Takes the buffer used last, whose memory is most likely in the processor's cache.
     pub(super) fn take(&self) -> RequestBuffer {
-        self.taken.set(self.taken.get().wrapping_add(1));
         let free = self.free.borrow_mut().pop();
         free.unwrap_or_else(RequestBuffer::new)
     }
@@ -105,11 +102,6 @@ impl Buffers {
         if free.len() < KEPT {
             free.push(buffer);
         }
-    }
-
-    /// Changes whenever a buffer has been taken.
-    pub(super) fn activity(&self) -> u64 {
-        self.taken.get()
     }
 
     /// Whether an idle queue would give memory back.

@@ -25,13 +25,14 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use stord_aio::sync::Notify;
-use stord_aio::{Context, Errno, IoVec, PolledFd, join_all, spawn_local, time, yield_now};
+use stord_aio::{Context, Errno, IoVec, PolledFd, join_all, spawn_local, yield_now};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::abi::{
     InHeader, MAX_ARGUMENTS, NOTIFY_INVAL_INODE, NotifyInvalInodeOut, OutHeader, ROOT_ID,
 };
 use super::buffers::{BEFORE_PAYLOAD, Buffers, RequestBuffer};
+use super::idle::IdleWatch;
 use super::request::{Reply, Request};
 use super::session::Session;
 use super::waiting::{Clocks, Waiting};
@@ -51,8 +52,6 @@ const LOOK_BEHIND: u32 = 8;
 const USELESS_WAKES: u32 = 2;
 /// A client that sends nothing for so long pauses.
 const PAUSE: Duration = Duration::from_millis(1);
-/// A queue without requests for so long gives memory back.
-const IDLE: Duration = Duration::from_secs(1);
 
 /// One descriptor on one context.
 struct Queue {
@@ -66,10 +65,7 @@ struct Queue {
     bytes: Cell<usize>,
     /// A task has ended.
     ended: Notify,
-    /// A task waits to give memory back.
-    trimming: Cell<bool>,
-    /// No more is fetched.
-    closed: Cell<bool>,
+    idle: Rc<IdleWatch>,
     uses_ring: bool,
 }
 
@@ -121,14 +117,13 @@ pub(super) async fn serve(device: OwnedFd, session: Arc<Session>, index: usize) 
         tasks: Cell::new(0),
         bytes: Cell::new(0),
         ended: Notify::new(),
-        trimming: Cell::new(false),
-        closed: Cell::new(false),
+        idle: Rc::default(),
         uses_ring: Context::current().is_some_and(|context| context.uses_ring()),
     });
     queue.run().await;
     // When the connection has ended, the queues at rest do not see it by themselves.
     queue.session.stop();
-    queue.closed.set(true);
+    queue.idle.finish();
     while queue.tasks.get() > 0 {
         queue.ended.notified().await;
     }
@@ -367,7 +362,10 @@ impl Queue {
     fn fetch(&self) -> Fetched {
         let buffer = self.buffers.take();
         match self.device.try_read(buffer.request()) {
-            Ok(length) => Fetched::Request(Incoming::read(buffer, length)),
+            Ok(length) => {
+                self.idle.note();
+                Fetched::Request(Incoming::read(buffer, length))
+            }
             Err(errno) => {
                 self.buffers.put(buffer);
                 match errno {
@@ -485,25 +483,14 @@ impl Queue {
 
     /// Sees to it that memory is given back when there are no requests for a while.
     fn trim_when_idle(self: &Rc<Self>) {
-        if self.trimming.get() || !self.buffers.is_excessive() {
-            return;
-        }
-        self.trimming.set(true);
-        let queue = Rc::downgrade(self);
-        spawn_local(async move {
-            loop {
-                let Some(activity) = queue.upgrade().map(|queue| queue.buffers.activity()) else {
-                    return;
-                };
-                time::sleep(IDLE).await;
-                let Some(queue) = queue.upgrade() else { return };
-                if queue.closed.get() || queue.buffers.activity() == activity {
+        if self.buffers.is_excessive() {
+            let queue = Rc::downgrade(self);
+            self.idle.watch(move || {
+                if let Some(queue) = queue.upgrade() {
                     queue.buffers.trim();
-                    queue.trimming.set(false);
-                    return;
                 }
-            }
-        });
+            });
+        }
     }
 }
 

@@ -5,7 +5,6 @@
 //! goes. An unmount by somebody else ends the queues, and the rest follows.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,19 +14,21 @@ use stord_aio::sync::mpsc;
 use stord_aio::{Context, pool};
 use stord_block::drivers::protocol::file::own_mounts;
 use stord_qmp::Error;
+use stord_qmp::schema::block::OnOffAuto;
 use stord_qmp::schema::export::FuseExportAllowOther;
 
 use crate::export::{Ended, Export, LocalFuture, Parts};
 
+use super::abi::InitFlags;
 use super::buffers::MAX_PAYLOAD;
-use super::classic;
 use super::file_system::{FileSystem, Presentation};
-use super::kernel;
+use super::init::Proposal;
 use super::mount::{Mount, MountError, Mounted, Options};
+use super::queues::{clone_devices, serve_classic, serve_io_uring};
 use super::resize::{ResizeRequest, Resizer};
 use super::session::Session;
 
-/// An unmount that takes longer than this waits for requests that do not end; the queues are stopped under it.
+/// An unmount that takes longer than this waits for requests that do not end; the connection is ended under it.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a FUSE export is to be.
@@ -36,6 +37,8 @@ pub(crate) struct FuseOptions {
     pub(crate) path: PathBuf,
     pub(crate) allow_other: FuseExportAllowOther,
     pub(crate) growable: bool,
+    /// Whether requests come through io_uring.
+    pub(crate) io_uring: OnOffAuto,
     /// Who changes the image's length where the backend may not.
     pub(crate) resizes: Option<mpsc::UnboundedSender<ResizeRequest>>,
 }
@@ -44,6 +47,15 @@ pub(crate) struct FuseOptions {
 pub(crate) struct FuseExport {
     session: Arc<Session>,
     mount: Mount,
+    /// Requests come through io_uring.
+    io_uring: bool,
+}
+
+/// Why an export could not be started.
+enum Failure {
+    /// The kernel refuses io_uring.
+    Ring(Errno),
+    Other(Error),
 }
 
 /// Looks whether a mountpoint can be one, and gives its absolute path.
@@ -79,19 +91,45 @@ fn cannot_stat(mountpoint: &str, error: &io::Error) -> Error {
 }
 
 impl FuseExport {
-    /// Mounts the backend and serves it, one queue on each context. The second result resolves when all queues have ended, for
-    /// whatever reason; [`finish`](Self::finish) has to follow.
+    /// Mounts the backend and serves it on the contexts. The second result resolves when all queues have ended, for whatever reason;
+    /// [`finish`](Self::finish) has to follow.
     ///
     /// # Errors
-    /// It cannot be mounted.
-    pub(crate) async fn start(options: FuseOptions, parts: Parts) -> Result<(Self, Ended), Error> {
-        let Parts {
-            backend,
-            contexts,
-            writable,
-            writethrough,
-        } = parts;
-        let (mounted, allow_other) = set_up(&options.path, options.allow_other).await?;
+    /// It cannot be mounted, or not with io_uring where that is demanded.
+    pub(crate) async fn start(
+        options: &FuseOptions,
+        parts: &Parts,
+    ) -> Result<(Self, Ended), Error> {
+        let has_rings = parts.contexts.iter().all(Context::uses_ring);
+        if options.io_uring == OnOffAuto::On && !has_rings {
+            return Err(no_io_uring());
+        }
+        if options.io_uring != OnOffAuto::Off && has_rings {
+            match Self::start_with(options, true, parts).await {
+                Ok(started) => return Ok(started),
+                Err(Failure::Other(error)) => return Err(error),
+                Err(Failure::Ring(errno)) if options.io_uring == OnOffAuto::On => {
+                    return Err(no_io_uring().with_source(errno));
+                }
+                Err(Failure::Ring(errno)) => {
+                    tracing::info!(%errno, "no FUSE over io_uring, serving /dev/fuse");
+                }
+            }
+        }
+        match Self::start_with(options, false, parts).await {
+            Ok(started) => Ok(started),
+            Err(Failure::Other(error)) => Err(error),
+            Err(Failure::Ring(_)) => unreachable!("io_uring was not asked for"),
+        }
+    }
+
+    async fn start_with(
+        options: &FuseOptions,
+        io_uring: bool,
+        parts: &Parts,
+    ) -> Result<(Self, Ended), Failure> {
+        let mounted = set_up(&options.path, options.allow_other, io_uring).await;
+        let (mounted, allow_other) = mounted.map_err(Failure::Other)?;
         let Mounted {
             device,
             flags,
@@ -99,31 +137,56 @@ impl FuseExport {
             attachment,
         } = mounted;
         tracing::debug!(path = %options.path.display(), ?flags, allow_other, "FUSE connection");
+        let io_uring = flags.contains(InitFlags::OVER_IO_URING);
         let presentation = Presentation {
-            writable,
+            writable: parts.writable,
             growable: options.growable,
-            writethrough,
+            writethrough: parts.writethrough,
             allow_other,
         };
-        let devices = clone_devices(device, contexts.len());
-        let resizer = options.resizes.map_or(Resizer::Own, Resizer::Control);
-        let file_system = FileSystem::new(backend, presentation, resizer);
-        let session = Session::new(file_system, devices.len());
+        let resizes = options.resizes.clone();
+        let resizer = resizes.map_or(Resizer::Own, Resizer::Control);
+        let file_system = FileSystem::new(parts.backend.clone(), presentation, resizer);
         own_mounts::add(mount.device_number());
-        let ended = serve(devices, &contexts, &session);
-        let export = Self { session, mount };
-        if let Err(error) = pool::run(move || attachment.attach()).await {
-            export.session.stop();
+        let (served, session, ended) = if io_uring {
+            let session = Session::new(file_system, 1);
+            let (served, ended) = serve_io_uring(device, &parts.contexts, &session).await;
+            (served.map_err(Failure::Ring), session, ended)
+        } else {
+            let devices = clone_devices(device, &parts.contexts);
+            let session = Session::new(file_system, devices.len());
+            let ended = serve_classic(devices, &parts.contexts, &session);
+            (Ok(()), session, ended)
+        };
+        let export = Self {
+            session,
+            mount,
+            io_uring,
+        };
+        let lacks_ring = !io_uring && options.io_uring == OnOffAuto::On;
+        let attached = match served {
+            Ok(()) if lacks_ring => Err(Failure::Ring(Errno::EOPNOTSUPP)),
+            Ok(()) => pool::run(move || attachment.attach())
+                .await
+                .map_err(|error| Failure::Other(cannot_mount(error))),
+            Err(failure) => {
+                // Unmounts what had not appeared yet.
+                pool::run(move || drop(attachment)).await;
+                Err(failure)
+            }
+        };
+        if let Err(failure) = attached {
+            export.shut_down().await;
             ended.await;
             export.finish().await;
-            return Err(cannot_mount(error));
+            return Err(failure);
         }
         Ok((export, ended))
     }
 
-    async fn unmount(&self) {
+    async fn unmount(&self, abort: bool) {
         let mount = self.mount.clone();
-        pool::run(move || mount.unmount()).await;
+        pool::run(move || mount.unmount(abort)).await;
     }
 }
 
@@ -135,34 +198,41 @@ impl Export for FuseExport {
 
     fn shut_down(&self) -> LocalFuture<'_> {
         Box::pin(async {
-            let unmounting = self.unmount();
-            if tokio::time::timeout(UNMOUNT_PATIENCE, unmounting)
-                .await
-                .is_err()
-            {
-                tracing::warn!("unmounting takes long, ending the connection");
-            }
+            let unmounting = self.unmount(self.io_uring);
+            let unmounted = tokio::time::timeout(UNMOUNT_PATIENCE, unmounting).await;
             self.session.stop();
+            if unmounted.is_err() {
+                tracing::warn!("unmounting takes long, ending the connection");
+                let mount = self.mount.clone();
+                pool::run(move || mount.abort()).await;
+            }
         })
     }
 
     fn finish(&self) -> LocalFuture<'_> {
         Box::pin(async {
             // Where the connection was aborted, the dead mount is still there.
-            self.unmount().await;
+            self.unmount(false).await;
             own_mounts::remove(self.mount.device_number());
         })
     }
 }
 
 /// Mounts, the second result being whether other users are let in.
-async fn set_up(path: &Path, allow_other: FuseExportAllowOther) -> Result<(Mounted, bool), Error> {
-    let max_read = u32::try_from(MAX_PAYLOAD).expect("1 MiB");
+async fn set_up(
+    path: &Path,
+    allow_other: FuseExportAllowOther,
+    io_uring: bool,
+) -> Result<(Mounted, bool), Error> {
+    let proposal = Proposal {
+        max_transfer: u32::try_from(MAX_PAYLOAD).expect("1 MiB"),
+        io_uring,
+    };
     let try_with = |allow_other| {
         let path = path.to_owned();
         let options = Options {
             allow_other,
-            max_read,
+            proposal,
         };
         async move {
             let mounted = pool::run(move || Mounted::new(&path, options)).await;
@@ -180,6 +250,12 @@ async fn set_up(path: &Path, allow_other: FuseExportAllowOther) -> Result<(Mount
     mounted.map_err(cannot_mount)
 }
 
+fn no_io_uring() -> Error {
+    Error::generic("FUSE over io_uring is not available").with_hint(
+        "it needs Linux 6.14 or newer, root, io_uring, and 'echo Y > /sys/module/fuse/parameters/enable_uring'",
+    )
+}
+
 fn cannot_mount(error: MountError) -> Error {
     let hint = error.hint();
     let message = Error::generic("Failed to mount FUSE session to export").with_source(error);
@@ -187,37 +263,4 @@ fn cannot_mount(error: MountError) -> Error {
         Some(hint) => message.with_hint(hint),
         None => message,
     }
-}
-
-/// Descriptors for up to `wanted` queues.
-fn clone_devices(device: OwnedFd, wanted: usize) -> Vec<OwnedFd> {
-    let mut devices = vec![device];
-    while devices.len() < wanted {
-        match kernel::clone_device(devices[0].as_fd()) {
-            Ok(device) => devices.push(device),
-            Err(errno) => {
-                tracing::warn!(%errno, "cannot clone the FUSE device: serving with fewer queues");
-                break;
-            }
-        }
-    }
-    devices
-}
-
-fn serve(devices: Vec<OwnedFd>, contexts: &[Context], session: &Arc<Session>) -> Ended {
-    let queues: Vec<_> = devices
-        .into_iter()
-        .zip(contexts)
-        .enumerate()
-        .map(|(index, (device, context))| {
-            let session = Arc::clone(session);
-            context.run(move || classic::serve(device, session, index))
-        })
-        .collect();
-    Box::pin(async move {
-        for queue in queues {
-            // A context that has ended has ended its queue before.
-            let _ = queue.await;
-        }
-    })
 }

@@ -15,15 +15,19 @@ mod buffers;
 mod classic;
 mod export;
 mod file_system;
+mod idle;
 mod init;
 mod kernel;
 mod mount;
+mod queues;
 mod request;
 mod resize;
+mod ring_entry;
 mod session;
 mod space;
 #[cfg(test)]
 mod tests;
+mod uring;
 mod waiting;
 
 pub(crate) use export::{FuseExport, FuseOptions, check_mountpoint};

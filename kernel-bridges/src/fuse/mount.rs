@@ -25,7 +25,7 @@ use nix::sys::socket::{
 use nix::unistd::{getegid, geteuid};
 
 use super::abi::InitFlags;
-use super::init;
+use super::init::{self, Proposal};
 use super::kernel::{self, FsContext};
 
 /// The source of our mounts, by which they can be told from others in `/proc/mounts`.
@@ -40,8 +40,15 @@ const INIT_RETRY: Duration = Duration::from_micros(200);
 pub(super) struct Options {
     /// Let other users than ours in; the mode of the file decides what they may do.
     pub(super) allow_other: bool,
-    /// The most bytes that one request reads.
-    pub(super) max_read: u32,
+    pub(super) proposal: Proposal,
+}
+
+impl Options {
+    /// The same for a mount whose connection we could not end: io_uring entries end with the connection only.
+    fn without_io_uring(mut self) -> Self {
+        self.proposal.io_uring = false;
+        self
+    }
 }
 
 /// Why mounting failed.
@@ -103,7 +110,7 @@ impl Mounted {
             Err(MountError::Mount {
                 errno: Errno::EPERM,
                 ..
-            }) => by_helper(path, options),
+            }) => by_helper(path, options.without_io_uring()),
             other => other,
         }
     }
@@ -127,21 +134,47 @@ impl Mount {
     }
 
     /// Takes the file system away from its path, even while it is in use. Blocks as long as the kernel has something to write back.
-    pub(super) fn unmount(&self) {
-        let Ok(path) = c_path(&self.path) else { return };
-        if kernel::device_number(None, &path) != Ok(self.device_number) {
+    ///
+    /// The connection lives on until its last user has gone, unless `abort` ends it for them.
+    pub(super) fn unmount(&self, abort: bool) {
+        if !self.is_at_path() {
             return;
         }
-        if !self.by_helper {
-            match umount2(&self.path, MntFlags::MNT_DETACH) {
-                Ok(()) => return,
-                Err(Errno::EPERM) => {}
-                Err(errno) => {
-                    tracing::warn!(path = %self.path.display(), %errno, "cannot unmount");
-                    return;
-                }
+        if self.by_helper {
+            return self.unmount_by_helper();
+        }
+        let in_use = if abort {
+            MntFlags::MNT_DETACH | MntFlags::MNT_FORCE
+        } else {
+            MntFlags::MNT_DETACH
+        };
+        let unmounted = match umount2(&self.path, MntFlags::empty()) {
+            Err(Errno::EBUSY) => umount2(&self.path, in_use),
+            other => other,
+        };
+        if let Err(errno) = unmounted {
+            tracing::warn!(path = %self.path.display(), %errno, "cannot unmount");
+        }
+    }
+
+    /// Ends the connection, whoever uses it, as far as the system lets us.
+    pub(super) fn abort(&self) {
+        let number = nix::libc::minor(self.device_number);
+        let control = format!("/sys/fs/fuse/connections/{number}/abort");
+        if fs::write(control, "1").is_err() && self.is_at_path() {
+            let flags = MntFlags::MNT_DETACH | MntFlags::MNT_FORCE;
+            if let Err(errno) = umount2(&self.path, flags) {
+                tracing::warn!(path = %self.path.display(), %errno, "cannot end the FUSE connection");
             }
         }
+    }
+
+    fn is_at_path(&self) -> bool {
+        let path = c_path(&self.path);
+        path.is_ok_and(|path| kernel::device_number(None, &path) == Ok(self.device_number))
+    }
+
+    fn unmount_by_helper(&self) {
         let unmounted = HELPERS.iter().find_map(|helper| {
             Command::new(helper)
                 .args(["-u", "-q", "-z", "--"])
@@ -187,7 +220,7 @@ fn set_up(device: &OwnedFd, options: Options) -> Result<(OwnedFd, InitFlags), Er
         context.set_flag(&c_text(flag)?)?;
     }
     let mount = context.create()?;
-    let flags = init::answer(device.as_fd(), options.max_read)?;
+    let flags = init::answer(device.as_fd(), options.proposal)?;
     Ok((mount, flags))
 }
 
@@ -230,7 +263,7 @@ fn answer_when_mounted(
     given_up: &AtomicBool,
 ) -> Result<InitFlags, Errno> {
     loop {
-        match init::answer(device.as_fd(), options.max_read) {
+        match init::answer(device.as_fd(), options.proposal) {
             // Not mounted yet.
             Err(Errno::EPERM) if !given_up.load(Ordering::Acquire) => {
                 thread::sleep(INIT_RETRY);
@@ -248,7 +281,7 @@ fn by_helper(path: &Path, options: Options) -> Result<Mounted, MountError> {
         "nodev".to_owned(),
         "noatime".to_owned(),
         format!("fsname={SOURCE}"),
-        format!("max_read={}", options.max_read),
+        format!("max_read={}", options.proposal.max_transfer),
     ];
     mount_options.extend(flags(options).map(str::to_owned));
     let mount_options = mount_options.join(",");
@@ -287,7 +320,7 @@ fn by_helper(path: &Path, options: Options) -> Result<Mounted, MountError> {
             };
             return Err(MountError::Helper(said));
         };
-        let flags = init::answer(device.as_fd(), options.max_read).map_err(MountError::Init)?;
+        let flags = init::answer(device.as_fd(), options.proposal).map_err(MountError::Init)?;
         return finish(path, device, flags, true);
     }
     Err(MountError::NoHelper)
@@ -347,7 +380,7 @@ fn values(device: BorrowedFd<'_>, options: Options) -> [(&'static str, String); 
         ("rootmode", "100000".to_owned()),
         ("user_id", geteuid().to_string()),
         ("group_id", getegid().to_string()),
-        ("max_read", options.max_read.to_string()),
+        ("max_read", options.proposal.max_transfer.to_string()),
     ]
 }
 

@@ -1,5 +1,6 @@
 //! Exports of block nodes.
 
+use super::block::OnOffAuto;
 use crate::Qapi;
 
 /// What `block-export-add` and `--export` create.
@@ -51,6 +52,8 @@ pub struct BlockExportOptionsFuse {
     pub growable: Option<bool>,
     /// Whether other users may access the mount; default `auto`.
     pub allow_other: Option<FuseExportAllowOther>,
+    /// Whether the kernel sends requests through io_uring; default `auto`, where it offers that.
+    pub io_uring: Option<OnOffAuto>,
 }
 
 /// Whether other users may access a FUSE export.

@@ -27,6 +27,22 @@ fn new_buffers_are_zero_and_aligned() {
 }
 
 #[test]
+fn released_pages_read_as_zeroes_and_no_others() {
+    let large = IoBuffer::zeroed(1 << 20);
+    large.fill(1);
+    large.slice(100..1 << 20).release(0..9000);
+    let mut expected = vec![1; 1 << 20];
+    expected[4096..8192].fill(0);
+    assert!(large.to_vec() == expected);
+    large.release(5..4000);
+    assert!(large.to_vec() == expected);
+    let small = IoBuffer::copy_of(&[1; 8192]);
+    small.release(0..8192);
+    assert_eq!(small.to_vec(), [1; 8192]);
+    assert!(catch_unwind(|| IoBuffer::zeroed(1 << 20).release(0..(1 << 20) + 1)).is_err());
+}
+
+#[test]
 fn any_byte_that_is_not_zero_is_found() {
     for len in [1, 7, 63, 64, 65, 200] {
         for at in 0..len {

@@ -27,7 +27,7 @@ fn commands_reach_their_driver_and_what_they_need_is_kept() {
             let kept = Rc::new(());
             let commands: Vec<_> = (0..3)
                 // SAFETY: this command refers to no memory.
-                .map(|_| unsafe { uring_cmd(&fd, SIOCINQ, [0; 80], 0, Rc::clone(&kept) as _) })
+                .map(|_| unsafe { uring_cmd(&fd, SIOCINQ, [0; 80], 0, 0, Rc::clone(&kept) as _) })
                 .collect();
             let commands: Option<Vec<_>> = commands.into_iter().collect();
             let commands = commands?;

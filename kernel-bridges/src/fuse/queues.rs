@@ -1,0 +1,115 @@
+//! Gets the queues of an export going, on their contexts: classic ones, or those of io_uring with a classic one beside them.
+
+use std::future::Future;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::pin::Pin;
+use std::sync::Arc;
+
+use stord_aio::sync::oneshot;
+use stord_aio::{Context, ContextGone, Errno};
+
+use crate::export::Ended;
+
+use super::session::Session;
+use super::{classic, kernel, uring};
+
+/// Descriptors for the queues of one connection, the original first.
+///
+/// The more contexts, the more classic queues. With io_uring one of them is enough; the other descriptors carry the commands.
+pub(super) fn clone_devices(device: OwnedFd, contexts: &[Context]) -> Vec<OwnedFd> {
+    let mut devices = vec![device];
+    while devices.len() < contexts.len() {
+        match kernel::clone_device(devices[0].as_fd()) {
+            Ok(device) => devices.push(device),
+            Err(errno) => {
+                tracing::warn!(%errno, "cannot clone the FUSE device: serving with fewer queues");
+                break;
+            }
+        }
+    }
+    devices
+}
+
+/// Serves each descriptor with a classic queue.
+pub(super) fn serve_classic(
+    devices: Vec<OwnedFd>,
+    contexts: &[Context],
+    session: &Arc<Session>,
+) -> Ended {
+    let queues: Vec<_> = devices
+        .into_iter()
+        .zip(contexts)
+        .enumerate()
+        .map(|(index, (device, context))| {
+            let session = Arc::clone(session);
+            context.run(move || classic::serve(device, session, index))
+        })
+        .collect();
+    Box::pin(all_ended(queues))
+}
+
+/// Serves the kernel's io_uring queues, dealt over the contexts, and the first descriptor with a classic queue.
+///
+/// # Errors
+/// The kernel refuses a queue. What was started ends with the connection, which the caller has to end: the second result resolves
+/// then.
+pub(super) async fn serve_io_uring(
+    device: OwnedFd,
+    contexts: &[Context],
+    session: &Arc<Session>,
+) -> (Result<(), Errno>, Ended) {
+    let mut result = Ok(());
+    let mut queues = Vec::new();
+    match register_all(&device, contexts, session, &mut queues) {
+        Err(errno) => result = Err(errno),
+        Ok(registered) => {
+            for registered in registered {
+                // Without an answer, the context has gone.
+                let registered = registered.await.unwrap_or(Err(Errno::ENODEV));
+                result = result.and(registered);
+            }
+        }
+    }
+    let classic = serve_classic(vec![device], contexts, session);
+    let ended = Box::pin(async move {
+        all_ended(queues).await;
+        classic.await;
+    });
+    (result, ended)
+}
+
+type Queue = Pin<Box<dyn Future<Output = Result<(), ContextGone>>>>;
+
+fn register_all(
+    device: &OwnedFd,
+    contexts: &[Context],
+    session: &Arc<Session>,
+    queues: &mut Vec<Queue>,
+) -> Result<Vec<oneshot::Receiver<Result<(), Errno>>>, Errno> {
+    let count = uring::queue_count()?;
+    let mut registered = Vec::new();
+    for (first, context) in contexts.iter().enumerate() {
+        let numbers: Vec<u16> = (0..count).skip(first).step_by(contexts.len()).collect();
+        if numbers.is_empty() {
+            continue;
+        }
+        let device = kernel::clone_device(device.as_fd())?;
+        let session = Arc::clone(session);
+        let (answer, result) = oneshot::channel();
+        registered.push(result);
+        queues.push(Box::pin(context.run(move || async move {
+            let (result, served) = uring::register(device, session, numbers).await;
+            // The one who asked waits for it.
+            let _ = answer.send(result);
+            served.ended().await;
+        })));
+    }
+    Ok(registered)
+}
+
+async fn all_ended<Q: Future<Output = Result<(), ContextGone>>>(queues: Vec<Q>) {
+    for queue in queues {
+        // A context that has ended has ended its queue before.
+        let _ = queue.await;
+    }
+}
