@@ -239,11 +239,7 @@ fn partition_options(partition: Partition, args: &MountArgs) -> BlockdevOptions 
 
 fn export_options(node: &str, mountpoint: &str, args: &MountArgs) -> BlockExportOptions {
     BlockExportOptions {
-        kind: BlockExportKind::Fuse(BlockExportOptionsFuse {
-            mountpoint: mountpoint.to_owned(),
-            growable: None,
-            allow_other: None,
-        }),
+        kind: BlockExportKind::Fuse(BlockExportOptionsFuse::new(mountpoint)),
         id: EXPORT.to_owned(),
         fixed_iothread: None,
         iothread: None,

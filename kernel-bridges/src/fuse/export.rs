@@ -31,6 +31,9 @@ use super::session::Session;
 /// An unmount that takes longer than this waits for requests that do not end; the connection is ended under it.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(5);
 
+/// This environment variable, set to `classic`, makes `io-uring=auto` mean `off`: for tests and comparisons.
+const TRANSPORT: &str = "STORD_FUSE_TRANSPORT";
+
 /// What a FUSE export is to be.
 pub(crate) struct FuseOptions {
     /// The regular file to mount over; see [`check_mountpoint`].
@@ -104,7 +107,12 @@ impl FuseExport {
         if options.io_uring == OnOffAuto::On && !has_rings {
             return Err(no_io_uring());
         }
-        if options.io_uring != OnOffAuto::Off && has_rings {
+        let is_wanted = match options.io_uring {
+            OnOffAuto::On => true,
+            OnOffAuto::Off => false,
+            OnOffAuto::Auto => std::env::var_os(TRANSPORT).is_none_or(|name| name != "classic"),
+        };
+        if is_wanted && has_rings {
             match Self::start_with(options, true, parts).await {
                 Ok(started) => return Ok(started),
                 Err(Failure::Other(error)) => return Err(error),

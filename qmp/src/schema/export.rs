@@ -56,6 +56,18 @@ pub struct BlockExportOptionsFuse {
     pub io_uring: Option<OnOffAuto>,
 }
 
+impl BlockExportOptionsFuse {
+    /// An export over the file `mountpoint`, everything else by default.
+    pub fn new(mountpoint: impl Into<String>) -> Self {
+        Self {
+            mountpoint: mountpoint.into(),
+            growable: None,
+            allow_other: None,
+            io_uring: None,
+        }
+    }
+}
+
 /// Whether other users may access a FUSE export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
 pub enum FuseExportAllowOther {
