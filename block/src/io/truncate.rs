@@ -18,7 +18,14 @@ pub(crate) async fn truncate(node: &Arc<Node>, size: u64, exact: bool) -> Result
     }
     match node.driver() {
         Driver::Protocol(leaf) => leaf.truncate(size, exact).await?,
-        Driver::Format(format) => format.truncate(size, exact).await?,
+        Driver::Format(format) => {
+            if let Err(errno) = format.truncate(size, exact).await {
+                // It may have changed before something else failed.
+                node.set_size(format.length());
+                note_change(node);
+                return Err(errno);
+            }
+        }
     }
     node.set_size(size);
     note_change(node);

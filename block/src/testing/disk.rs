@@ -1,5 +1,7 @@
 //! A disk in memory. Every request is a task of its own, so a simulation carries requests out in every possible order. The disk
 //! records what reaches it, fails chosen requests, and holds chosen requests back until they are released.
+//!
+//! A request that is to fail may have been carried out all the same, or in part: nobody can tell from an errno.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,9 +11,12 @@ use stord_qmp::Error;
 
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
 use crate::graph::Permissions;
+use crate::testing::Random;
 
 /// The disk grows no longer than this, in bytes.
 const LARGEST: u64 = 1 << 30;
+/// What a disk writes as a whole or not at all, in bytes.
+pub(super) const SECTOR: usize = 512;
 
 /// A change that reached the disk, in the order of arrival.
 #[derive(Clone, Debug)]
@@ -33,6 +38,26 @@ pub(crate) enum Operation {
     },
 }
 
+/// What several disks together have been through, so that they can lose their power at the same moment.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Journal(Arc<Mutex<Vec<(usize, Operation)>>>);
+
+impl Journal {
+    fn lock(&self) -> MutexGuard<'_, Vec<(usize, Operation)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What has arrived so far, and at which disk, in the order of arrival.
+    pub(crate) fn operations(&self) -> Vec<(usize, Operation)> {
+        self.lock().clone()
+    }
+
+    /// How much has arrived so far.
+    pub(crate) fn len(&self) -> usize {
+        self.lock().len()
+    }
+}
+
 /// What goes wrong with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -40,6 +65,29 @@ pub(crate) enum Fault {
     Write,
     Flush,
     Discard,
+    Truncate,
+}
+
+/// How much of a request is carried out.
+#[derive(Clone, Copy, Debug)]
+enum Carry {
+    All,
+    /// It fails; the number says how much is carried out nevertheless.
+    Part(u64),
+}
+
+impl Carry {
+    /// How many bytes of `len` are carried out: whole sectors of a request that fails.
+    fn bytes(self, len: usize) -> usize {
+        match self {
+            Self::All => len,
+            Self::Part(number) => {
+                let sectors = len.div_ceil(SECTOR) as u64;
+                let some = usize::try_from(number % (sectors + 1)).expect("no more than there are");
+                len.min(some * SECTOR)
+            }
+        }
+    }
 }
 
 type FaultCheck = Box<dyn FnMut(Fault, u64, u64) -> Option<Errno> + Send>;
@@ -48,7 +96,9 @@ type HoldCheck = Box<dyn FnMut(Fault, u64, u64) -> bool + Send>;
 #[derive(Default)]
 struct Inner {
     bytes: Vec<u8>,
-    journal: Option<Vec<Operation>>,
+    /// Where operations are recorded, and under which number.
+    journal: Option<(usize, Journal)>,
+    tear: Option<Random>,
     fault: Option<FaultCheck>,
     hold: Option<HoldCheck>,
     /// Requests held back so far.
@@ -82,19 +132,14 @@ impl MemoryDisk {
         self.lock().bytes.len() as u64
     }
 
-    /// Starts recording.
-    pub(crate) fn record(&self) {
-        self.lock().journal = Some(Vec::new());
+    /// Starts recording; this disk is number `disk` in the journal.
+    pub(crate) fn record(&self, disk: usize, journal: &Journal) {
+        self.lock().journal = Some((disk, journal.clone()));
     }
 
-    /// What has been recorded so far.
-    pub(crate) fn journal(&self) -> Vec<Operation> {
-        self.lock().journal.clone().unwrap_or_default()
-    }
-
-    /// How many operations have been recorded so far.
-    pub(crate) fn journal_len(&self) -> usize {
-        self.lock().journal.as_ref().map_or(0, Vec::len)
+    /// From now on a request that fails may have been carried out in part.
+    pub(crate) fn tear(&self, random: Random) {
+        self.lock().tear = Some(random);
     }
 
     /// Lets `check` fail requests: it is asked with the kind, offset and length of each.
@@ -138,7 +183,7 @@ impl MemoryDisk {
         kind: Fault,
         offset: u64,
         len: u64,
-        work: impl FnOnce(&mut Inner) -> T + 'static,
+        work: impl FnOnce(&mut Inner, Carry) -> T + 'static,
     ) -> IoFuture<'a, T> {
         let disk = self.clone();
         let (sender, receiver) = oneshot::channel();
@@ -165,11 +210,19 @@ impl MemoryDisk {
                     .as_mut()
                     .and_then(|fault| fault(kind, offset, len))
                 {
-                    Some(errno) => Err(errno),
+                    Some(errno) => {
+                        if let Some(random) = &mut inner.tear
+                            && kind != Fault::Flush
+                        {
+                            let carry = Carry::Part(random.next());
+                            work(&mut inner, carry);
+                        }
+                        Err(errno)
+                    }
                     None if kind == Fault::Write && offset.saturating_add(len) > LARGEST => {
                         Err(Errno::EFBIG)
                     }
-                    None => Ok(work(&mut inner)),
+                    None => Ok(work(&mut inner, Carry::All)),
                 }
             };
             let _ = sender.send(result);
@@ -180,8 +233,8 @@ impl MemoryDisk {
 
 impl Inner {
     fn note(&mut self, operation: impl FnOnce() -> Operation) {
-        if let Some(journal) = &mut self.journal {
-            journal.push(operation());
+        if let Some((disk, journal)) = &self.journal {
+            journal.lock().push((*disk, operation()));
         }
     }
 
@@ -219,7 +272,7 @@ impl Protocol for MemoryDisk {
     fn read<'a>(&'a self, offset: u64, dst: IoVec) -> IoFuture<'a> {
         let len = dst.len();
         // The task cannot keep the buffers, which the caller may look at only once this is done.
-        let copied = self.request(Fault::Read, offset, len, move |inner| {
+        let copied = self.request(Fault::Read, offset, len, move |inner, _| {
             let (start, end) = inner.inside(offset, len);
             inner.bytes[start..end].to_vec()
         });
@@ -233,14 +286,23 @@ impl Protocol for MemoryDisk {
 
     fn write<'a>(&'a self, offset: u64, src: IoVec, _durable: bool) -> IoFuture<'a> {
         let data = src.to_vec();
-        self.request(Fault::Write, offset, src.len(), move |inner| {
-            inner.write(offset, &data);
-            inner.note(|| Operation::Write { offset, data });
+        self.request(Fault::Write, offset, src.len(), move |inner, carry| {
+            let mut data = data;
+            data.truncate(carry.bytes(data.len()));
+            if !data.is_empty() {
+                inner.write(offset, &data);
+                inner.note(|| Operation::Write { offset, data });
+            }
         })
     }
 
     fn write_zeroes<'a>(&'a self, offset: u64, len: u64, _flags: ZeroFlags) -> IoFuture<'a> {
-        self.request(Fault::Write, offset, len, move |inner| {
+        self.request(Fault::Write, offset, len, move |inner, carry| {
+            let whole = usize::try_from(len).expect("fits into memory");
+            let len = carry.bytes(whole) as u64;
+            if len == 0 {
+                return;
+            }
             let end = usize::try_from(offset + len).expect("fits into memory");
             if inner.bytes.len() < end {
                 inner.bytes.resize(end, 0);
@@ -251,15 +313,20 @@ impl Protocol for MemoryDisk {
     }
 
     fn discard<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a> {
-        self.request(Fault::Discard, offset, len, move |inner| {
+        self.request(Fault::Discard, offset, len, move |inner, carry| {
+            let whole = usize::try_from(len).expect("fits into memory");
+            let len = carry.bytes(whole) as u64;
             inner.zero(offset, len);
             inner.note(|| Operation::Zero { offset, len });
         })
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {
-        let covers = self.journal_len();
-        self.request(Fault::Flush, 0, 0, move |inner| {
+        let covers = match &self.lock().journal {
+            Some((_, journal)) => journal.len(),
+            None => 0,
+        };
+        self.request(Fault::Flush, 0, 0, move |inner, _| {
             inner.note(|| Operation::Flush { covers });
         })
     }
@@ -276,7 +343,10 @@ impl Protocol for MemoryDisk {
     }
 
     fn truncate<'a>(&'a self, size: u64, _exact: bool) -> IoFuture<'a> {
-        self.request(Fault::Write, size, 0, move |inner| {
+        self.request(Fault::Truncate, size, 0, move |inner, carry| {
+            if matches!(carry, Carry::Part(number) if number % 2 == 0) {
+                return;
+            }
             inner
                 .bytes
                 .resize(usize::try_from(size).expect("fits into memory"), 0);

@@ -5,7 +5,8 @@ mod power_cut;
 
 use std::sync::Arc;
 
-pub(crate) use disk::{Fault, MemoryDisk, Operation};
+pub(crate) use disk::{Fault, Journal, MemoryDisk, Operation};
+pub(crate) use power_cut::after_power_cut;
 
 use crate::driver::Driver;
 use crate::graph::{Children, DetectZeroes, Node, NodeOptions};

@@ -1,56 +1,95 @@
-//! What may be left on a disk after its power was cut: everything that a completed flush covered, and of the rest any set of sectors,
+//! What may be left on disks after their power was cut: everything that a completed flush covered, and of the rest any set of sectors,
 //! each as any of the writes to it left it.
 
-use super::disk::Operation;
-use super::{MemoryDisk, Random};
+use std::collections::BTreeMap;
 
-const SECTOR: usize = 512;
+use super::Random;
+use super::disk::{Operation, SECTOR};
 
-impl MemoryDisk {
-    /// The content after a power cut when `at` operations of `journal` had arrived, beginning from `start`.
-    pub(crate) fn after_power_cut(
-        start: &[u8],
-        journal: &[Operation],
-        at: usize,
-        random: &mut Random,
-    ) -> Vec<u8> {
-        let arrived = &journal[..at];
-        let durable = arrived
-            .iter()
-            .filter_map(|operation| match operation {
-                Operation::Flush { covers } => Some(*covers),
-                _ => None,
-            })
-            .max()
-            .unwrap_or(0);
-        let mut bytes = start.to_vec();
-        for operation in &arrived[..durable] {
-            apply(&mut bytes, operation, |_| true);
+/// What becomes of the operations that no flush covered.
+#[derive(Clone, Copy, Debug)]
+enum Rest {
+    /// Each sector of each operation survives with this chance in ten; the order of operations is kept.
+    Some(u64),
+    /// As before, in any order.
+    Shuffled(u64),
+    /// Everything but one operation.
+    AllBut(usize),
+    /// One operation and nothing else.
+    Only(usize),
+    All,
+    Nothing,
+}
+
+impl Rest {
+    fn choose(operations: usize, random: &mut Random) -> Self {
+        let one = |random: &mut Random| {
+            usize::try_from(random.below(operations.max(1) as u64)).expect("an index")
+        };
+        match random.below(12) {
+            0..=2 => Self::Some(1 + random.below(9)),
+            3..=6 => Self::Shuffled(1 + random.below(9)),
+            7 | 8 => Self::AllBut(one(random)),
+            9 | 10 => Self::Only(one(random)),
+            _ if random.one_in(2) => Self::All,
+            _ => Self::Nothing,
         }
-        // How much of what was not flushed has survived differs from cut to cut.
-        let survival = 1 + random.below(4);
-        let mut rest: Vec<&Operation> = arrived[durable..].iter().collect();
-        if random.one_in(2) {
-            for index in (1..rest.len()).rev() {
-                rest.swap(
-                    index,
-                    usize::try_from(random.below(index as u64 + 1)).expect("an index"),
-                );
-            }
-        }
-        for operation in rest {
-            let whole = random.one_in(2);
-            let lost = random.one_in(survival);
-            apply(&mut bytes, operation, |_| {
-                if whole {
-                    !lost
-                } else {
-                    !random.one_in(survival + 1)
-                }
-            });
-        }
-        bytes
     }
+}
+
+/// The content of disks after a power cut when `at` operations of `journal` had arrived, beginning from `start`.
+pub(crate) fn after_power_cut(
+    start: &[Vec<u8>],
+    journal: &[(usize, Operation)],
+    at: usize,
+    random: &mut Random,
+) -> Vec<Vec<u8>> {
+    let arrived = &journal[..at];
+    let mut durable: BTreeMap<usize, usize> = BTreeMap::new();
+    for (disk, operation) in arrived {
+        if let Operation::Flush { covers } = operation {
+            let covered = durable.entry(*disk).or_default();
+            *covered = (*covered).max(*covers);
+        }
+    }
+    let mut left = start.to_vec();
+    let mut rest = Vec::new();
+    for (index, (disk, operation)) in arrived.iter().enumerate() {
+        if index < durable.get(disk).copied().unwrap_or(0) {
+            apply(&mut left[*disk], operation, |_| true);
+        } else if !matches!(operation, Operation::Flush { .. }) {
+            rest.push((*disk, operation));
+        }
+    }
+    let fate = Rest::choose(rest.len(), random);
+    if let Rest::Shuffled(_) = fate {
+        for index in (1..rest.len()).rev() {
+            let other = usize::try_from(random.below(index as u64 + 1)).expect("an index");
+            rest.swap(index, other);
+        }
+    }
+    for (index, (disk, operation)) in rest.into_iter().enumerate() {
+        let is_torn = random.one_in(2);
+        let survives = match fate {
+            Rest::Some(chance) | Rest::Shuffled(chance) => {
+                let whole = random.below(10) < chance;
+                apply(&mut left[disk], operation, |_| {
+                    if is_torn {
+                        random.below(10) < chance
+                    } else {
+                        whole
+                    }
+                });
+                continue;
+            }
+            Rest::AllBut(lost) => index != lost,
+            Rest::Only(kept) => index == kept,
+            Rest::All => true,
+            Rest::Nothing => false,
+        };
+        apply(&mut left[disk], operation, |_| survives);
+    }
+    left
 }
 
 fn apply(bytes: &mut Vec<u8>, operation: &Operation, mut survives: impl FnMut(usize) -> bool) {

@@ -60,21 +60,22 @@ impl Image {
     }
 
     async fn prepare_header(&self) -> Result<(), Errno> {
-        let changed = {
-            let mut header = self.header();
+        let (keep, clears) = {
+            let header = self.header();
             let keep = header.autoclear_to_keep();
-            let clears = header.raw.autoclear.get() != keep;
+            (keep, header.raw.autoclear.get() != keep)
+        };
+        let lazy = self.options.lazy_refcounts;
+        if !clears && !lazy {
+            return Ok(());
+        }
+        self.change_header(|header| {
             header.raw.autoclear = keep.into();
-            if self.options.lazy_refcounts {
+            if lazy {
                 header.set_incompatible(Incompatible::DIRTY, true);
             }
-            clears || self.options.lazy_refcounts
-        };
-        if changed {
-            self.write_header(true).await
-        } else {
-            Ok(())
-        }
+        })
+        .await
     }
 
     /// Reads a table of 64-bit entries up to the last that is not zero.

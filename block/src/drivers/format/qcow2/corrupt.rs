@@ -33,8 +33,9 @@ impl Image {
         if self.geometry.version < 3 {
             return;
         }
-        self.header().set_incompatible(Incompatible::CORRUPT, true);
-        if let Err(errno) = self.write_header(true).await {
+        let marked =
+            self.change_header(|header| header.set_incompatible(Incompatible::CORRUPT, true));
+        if let Err(errno) = marked.await {
             tracing::error!("qcow2: cannot mark the image as corrupt: {errno}");
         }
     }

@@ -81,6 +81,8 @@ struct Image {
     header: Mutex<Header>,
     /// Held while the header is written, so that the last written is the last made.
     header_writes: sync::Mutex<()>,
+    /// A change of the header has failed: what the disk has is not known.
+    header_unsure: AtomicBool,
     /// The guest-visible length in bytes.
     size: AtomicU64,
     l1: ArcSwap<L1>,
@@ -124,16 +126,32 @@ impl Image {
         }
     }
 
-    /// Writes the header; `durable` waits until it is on disk.
-    async fn write_header(&self, durable: bool) -> Result<(), Errno> {
+    /// Changes the header, on disk first: memory has the change once it is durable. A failure leaves memory as it was, and the disk
+    /// with either; the next write-back puts that right before it does anything else.
+    async fn change_header(&self, change: impl FnOnce(&mut Header)) -> Result<(), Errno> {
         let _order = self.header_writes.lock().await;
-        let head = self.header().to_head();
-        self.children.write(FILE, 0, head.into(), false).await?;
-        if durable {
-            self.children.flush(FILE).await
-        } else {
-            Ok(())
+        let mut header = self.header().clone();
+        change(&mut header);
+        self.header_unsure.store(true, Ordering::Release);
+        self.put_header(&header).await?;
+        *self.header() = header;
+        self.header_unsure.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the header on disk the one in memory, if a change of it has failed.
+    async fn settle_header(&self) -> Result<(), Errno> {
+        if !self.header_unsure.load(Ordering::Acquire) {
+            return Ok(());
         }
+        self.change_header(|_| {}).await
+    }
+
+    async fn put_header(&self, header: &Header) -> Result<(), Errno> {
+        self.children
+            .write(FILE, 0, header.to_head().into(), false)
+            .await?;
+        self.children.flush(FILE).await
     }
 }
 

@@ -84,6 +84,7 @@ pub async fn open(
         writable,
         header: Mutex::new(header),
         header_writes: sync::Mutex::new(()),
+        header_unsure: AtomicBool::new(false),
         size: AtomicU64::new(size),
         l1: ArcSwap::from_pointee(l1),
         loading: SingleFlight::default(),

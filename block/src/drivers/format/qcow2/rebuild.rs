@@ -47,20 +47,18 @@ impl Image {
         self.children.flush(FILE).await?;
         self.write_reftable(&table).await?;
         self.children.flush(FILE).await?;
-        {
-            let mut header = self.header();
-            header.raw.refcount_table_offset = table.offset.into();
-            header.raw.refcount_table_clusters = u32::try_from(table.clusters)
-                .map_err(|_| Errno::EFBIG)?
-                .into();
-        }
         if table.moved {
-            self.write_header(true).await?;
+            let clusters = u32::try_from(table.clusters).map_err(|_| Errno::EFBIG)?;
+            self.change_header(|header| {
+                header.raw.refcount_table_offset = table.offset.into();
+                header.raw.refcount_table_clusters = clusters.into();
+            })
+            .await?;
         }
         self.repair_copied(references).await?;
         self.children.flush(FILE).await?;
-        self.header().set_incompatible(Incompatible::DIRTY, false);
-        self.write_header(true).await
+        self.change_header(|header| header.set_incompatible(Incompatible::DIRTY, false))
+            .await
     }
 
     /// Finds places for what is missing, and counts these in.

@@ -38,7 +38,9 @@ impl Image {
             return Err(Errno::EFBIG);
         }
         let entries = usize::try_from(entries).map_err(|_| Errno::EFBIG)?;
-        if entries > self.l1.load().len() {
+        // What the header says: the table in memory is longer after a failure.
+        let has_room = entries <= self.header().raw.l1_size.get() as usize;
+        if !has_room {
             self.grow_l1(entries).await?;
         }
         if self.geometry.data_file && self.children.size(DATA_FILE) < size {
@@ -100,8 +102,8 @@ impl Image {
     }
 
     async fn set_size(&self, size: u64) -> Result<(), Errno> {
-        self.header().raw.size = size.into();
-        self.write_header(true).await?;
+        self.change_header(|header| header.raw.size = size.into())
+            .await?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }
@@ -137,13 +139,15 @@ impl Image {
             .await?;
         self.flush_file().await?;
         let (old_offset, old_entries) = {
-            let mut header = self.header();
-            let old = (header.raw.l1_table_offset.get(), header.raw.l1_size.get());
-            header.raw.l1_table_offset = offset.into();
-            header.raw.l1_size = u32::try_from(entries).map_err(|_| Errno::EFBIG)?.into();
-            old
+            let header = self.header();
+            (header.raw.l1_table_offset.get(), header.raw.l1_size.get())
         };
-        self.write_header(true).await?;
+        let l1_size = u32::try_from(entries).map_err(|_| Errno::EFBIG)?;
+        self.change_header(|header| {
+            header.raw.l1_table_offset = offset.into();
+            header.raw.l1_size = l1_size.into();
+        })
+        .await?;
         let mut meta = self.meta();
         let meta = &mut *meta;
         if let Some(space) = &mut meta.space {

@@ -178,6 +178,7 @@ impl Image {
     }
 
     async fn write_batch(&self, batch: &Batch) -> Result<(), Errno> {
+        self.settle_header().await?;
         self.write_all([&batch.refcounts.writes, &batch.tables])
             .await?;
         if batch.refcounts.changes_table() {
@@ -206,12 +207,13 @@ impl Image {
             .as_ref()
             .map(|space| (space.refcounts.table_offset, space.refcounts.table_clusters));
         if let Some((offset, clusters)) = place {
-            let mut header = self.header();
-            header.raw.refcount_table_offset = offset.into();
-            header.raw.refcount_table_clusters =
-                u32::try_from(clusters).map_err(|_| Errno::EFBIG)?.into();
+            let clusters = u32::try_from(clusters).map_err(|_| Errno::EFBIG)?;
+            self.change_header(|header| {
+                header.raw.refcount_table_offset = offset.into();
+                header.raw.refcount_table_clusters = clusters.into();
+            })
+            .await?;
         }
-        self.write_header(true).await?;
         let mut meta = self.meta();
         let old = meta.space.as_mut().and_then(|space| space.old_table.take());
         if let Some((cluster, count)) = old {
@@ -389,8 +391,8 @@ impl Image {
         }
         self.flush_file().await?;
         if self.header().incompatible().contains(Incompatible::DIRTY) {
-            self.header().set_incompatible(Incompatible::DIRTY, false);
-            self.write_header(true).await?;
+            self.change_header(|header| header.set_incompatible(Incompatible::DIRTY, false))
+                .await?;
         }
         Ok(())
     }

@@ -1,388 +1,338 @@
-//! Power cuts: a workload runs over a disk that records what reaches it; the power is cut at random moments; what was not flushed
+//! Power cuts: a workload runs over disks that record what reaches them; the power is cut at random moments; what was not flushed
 //! survives in random parts. QEMU must find no corruption then, and every sector must hold what was flushed last, or something newer.
+//! From some of these states the work goes on, after the repair that a dirty image needs, and the power is cut again; others are
+//! repaired by `check`, which is cut off, too. In every fourth run requests fail all the while.
 //!
-//! `STORD_CRASH_CUTS` sets how many cuts are made (500 by default).
+//! `STORD_CRASH_CUTS` sets how many cuts are made (500 by default), `STORD_FIRST_SEED` where to begin, and `STORD_KIND` picks the kinds
+//! of images whose description contains it.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 
-use stord_aio::sync::RangeLock;
-use stord_aio::{join_all, sim};
+use stord_aio::{Errno, sim};
 
-use super::harness::{Image, Setup};
-use super::made::{Kind, Made, assert_consistent};
-use crate::driver::ZeroFlags;
-use crate::io;
-use crate::testing::{MemoryDisk, Operation, Random};
+use super::super::check::{Repair, check_children};
+use super::harness::assert_same;
+use super::history::History;
+use super::made::{Files, Kind, MIXED, Made};
+use super::workload::Guest;
+use crate::driver::FILE;
+use crate::graph::Children;
+use crate::testing::{Journal, MemoryDisk, Operation, Random, after_power_cut, leaf};
 
-const SECTOR: usize = 512;
+/// The image's file, and its data file if it has one.
+type Contents = Vec<Vec<u8>>;
 
-fn hash(sector: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    sector.hash(&mut hasher);
-    hasher.finish()
+fn number(name: &str, default: u64) -> u64 {
+    let value = std::env::var(name).ok();
+    value
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(default)
 }
 
-fn zero_hash() -> u64 {
-    hash(&[0; SECTOR])
+/// Whether the dirty bit announces that refcounts are wrong.
+fn is_dirty(contents: &Contents) -> bool {
+    let header = &contents[0];
+    header[7] == 3 && header[79] & 1 != 0
 }
 
-/// What a sector was made to hold, and when; times count events.
+/// A stretch of work between two losses of power.
+struct Run<'a> {
+    made: &'a Made,
+    start: Contents,
+    journal: Vec<(usize, Operation)>,
+    history: History,
+}
+
+/// How a run goes.
 #[derive(Clone, Copy)]
-struct Version {
-    hash: u64,
-    issued: usize,
-    /// `usize::MAX` while it is under way.
-    completed: usize,
+struct Plan {
+    seed: u64,
+    workers: u64,
+    steps: u64,
+    failing: bool,
 }
 
-struct Flush {
-    started: usize,
-    /// Operations that had arrived at the disk when it was done.
-    arrived: usize,
-}
-
-#[derive(Default)]
-struct History {
-    now: usize,
-    sectors: Vec<Vec<Version>>,
-    flushes: Vec<Flush>,
-    /// Event times by how much had arrived at the disk: what was issued by then.
-    arrivals: Vec<(usize, usize)>,
-}
-
-impl History {
-    fn tick(&mut self, arrived: usize) -> usize {
-        self.now += 1;
-        self.arrivals.push((arrived, self.now));
-        self.now
-    }
-
-    fn begin(&mut self, first: usize, hashes: &[u64], arrived: usize) {
-        let issued = self.tick(arrived);
-        if self.sectors.len() < first + hashes.len() {
-            let zero = Version {
-                hash: zero_hash(),
-                issued: 0,
-                completed: 0,
-            };
-            self.sectors.resize(first + hashes.len(), vec![zero]);
+/// Fails some requests on and off.
+fn disturb(disk: &MemoryDisk, seed: u64) {
+    let mut random = Random::new(seed);
+    disk.tear(Random::new(seed + 1));
+    let mut left = 0;
+    disk.fail(move |_, _, _| {
+        if left == 0 && random.one_in(150) {
+            left = 1 + random.below(12);
         }
-        for (sector, &hash) in self.sectors[first..].iter_mut().zip(hashes) {
-            sector.push(Version {
-                hash,
-                issued,
-                completed: usize::MAX,
+        if left > 0 && random.one_in(3) {
+            left -= 1;
+            return Some(if random.one_in(2) {
+                Errno::EIO
+            } else {
+                Errno::ENOSPC
             });
         }
-    }
-
-    fn end(&mut self, first: usize, count: usize, arrived: usize) {
-        let completed = self.tick(arrived);
-        for sector in &mut self.sectors[first..first + count] {
-            for version in sector
-                .iter_mut()
-                .filter(|version| version.completed == usize::MAX)
-            {
-                version.completed = completed;
-            }
-        }
-    }
-
-    /// What a sector may hold after a cut when so much had arrived.
-    fn allowed(&self, sector: usize, arrived: usize) -> HashSet<u64> {
-        let flushed = self
-            .flushes
-            .iter()
-            .filter(|flush| flush.arrived <= arrived)
-            .map(|flush| flush.started)
-            .max()
-            .unwrap_or(0);
-        let cut = self
-            .arrivals
-            .iter()
-            .filter(|(at, _)| *at <= arrived)
-            .map(|(_, now)| *now)
-            .max()
-            .unwrap_or(0);
-        let versions = &self.sectors[sector];
-        let last_durable = versions
-            .iter()
-            .filter(|version| version.completed <= flushed)
-            .map(|version| version.completed)
-            .max();
-        versions
-            .iter()
-            .filter(|version| version.issued <= cut)
-            .filter(|version| {
-                version.completed > flushed || Some(version.completed) == last_durable
-            })
-            .map(|version| version.hash)
-            .collect()
-    }
-}
-
-#[derive(Clone)]
-struct Guest {
-    image: Image,
-    disk: MemoryDisk,
-    history: Rc<RefCell<History>>,
-    ranges: Rc<RangeLock>,
-}
-
-impl Guest {
-    async fn step(&self, random: &mut Random) {
-        let size = self.image.0.size();
-        let sectors = size / SECTOR as u64;
-        let unit = [1, 8, 32, 128][usize::try_from(random.below(4)).expect("small")];
-        let start = random.below(sectors) / unit * unit;
-        let len = match random.below(8) {
-            0 => 1 + random.below(sectors - start),
-            1..=4 => (1 + random.below(4)) * unit,
-            _ => 1 + random.below(100),
-        };
-        let end = (start + len).min(sectors);
-        let (first, count) = (
-            usize::try_from(start).expect("small"),
-            usize::try_from(end - start).expect("small"),
-        );
-        let (offset, bytes) = (start * SECTOR as u64, (end - start) * SECTOR as u64);
-        let choice = random.below(24);
-        if choice >= 22 {
-            return self.resize(random).await;
-        }
-        if (18..22).contains(&choice) {
-            return self.flush().await;
-        }
-        let _held = self.ranges.lock(offset..offset + bytes).await;
-        if self.image.0.size() < offset + bytes {
-            return;
-        }
-        match choice {
-            0..=9 => {
-                let mut data = vec![0; count * SECTOR];
-                data.chunks_mut(8)
-                    .for_each(|word| word.copy_from_slice(&random.next().to_le_bytes()));
-                let hashes: Vec<u64> = data.chunks(SECTOR).map(hash).collect();
-                self.history
-                    .borrow_mut()
-                    .begin(first, &hashes, self.disk.journal_len());
-                self.image
-                    .write(offset, &data)
-                    .await
-                    .expect("the disk is healthy");
-            }
-            10..=13 => {
-                let flags = if random.one_in(2) {
-                    ZeroFlags::MAY_UNMAP
-                } else {
-                    ZeroFlags::empty()
-                };
-                self.history.borrow_mut().begin(
-                    first,
-                    &vec![zero_hash(); count],
-                    self.disk.journal_len(),
-                );
-                io::write_zeroes(&self.image.0, offset, bytes, flags)
-                    .await
-                    .expect("the disk is healthy");
-            }
-            _ => {
-                self.history.borrow_mut().begin(
-                    first,
-                    &vec![zero_hash(); count],
-                    self.disk.journal_len(),
-                );
-                io::discard(&self.image.0, offset, bytes)
-                    .await
-                    .expect("the disk is healthy");
-                // Sectors that it left as they were.
-                let read = self
-                    .image
-                    .read(offset, count * SECTOR)
-                    .await
-                    .expect("the disk is healthy");
-                let hashes: Vec<u64> = read.chunks(SECTOR).map(hash).collect();
-                self.history
-                    .borrow_mut()
-                    .begin(first, &hashes, self.disk.journal_len());
-            }
-        }
-        self.history
-            .borrow_mut()
-            .end(first, count, self.disk.journal_len());
-    }
-
-    async fn flush(&self) {
-        let started = self.history.borrow_mut().tick(self.disk.journal_len());
-        self.image.flush().await.expect("the disk is healthy");
-        let arrived = self.disk.journal_len();
-        self.history
-            .borrow_mut()
-            .flushes
-            .push(Flush { started, arrived });
-    }
-
-    async fn resize(&self, random: &mut Random) {
-        let _held = self.ranges.lock(0..u64::MAX).await;
-        let old = self.image.0.size();
-        let size = (old / 2 + random.below(old)).max(64 * 1024) & !511;
-        let (from, to) = (old.min(size), old.max(size));
-        let first = usize::try_from(from / 512).expect("small");
-        let count = usize::try_from((to - from) / 512).expect("small");
-        self.history
-            .borrow_mut()
-            .begin(first, &vec![zero_hash(); count], self.disk.journal_len());
-        io::truncate(&self.image.0, size, true)
-            .await
-            .expect("the disk is healthy");
-        self.history
-            .borrow_mut()
-            .end(first, count, self.disk.journal_len());
-    }
-}
-
-struct Run {
-    start: Vec<u8>,
-    journal: Vec<Operation>,
-    history: History,
-    backing: Option<Vec<u8>>,
-}
-
-fn run(kind: &Kind, seed: u64) -> Run {
-    let made = Made::new(kind);
-    let start = made.file.bytes();
-    let setup = made.setup();
-    let content = made.content.clone();
-    let disk = made.file.clone();
-    disk.record();
-    let history = sim::run(seed, || async move {
-        let first = content.chunks(SECTOR).map(|sector| {
-            vec![Version {
-                hash: hash(sector),
-                issued: 0,
-                completed: 0,
-            }]
-        });
-        let guest = Guest {
-            history: Rc::new(RefCell::new(History {
-                sectors: first.collect(),
-                ..History::default()
-            })),
-            image: setup.open().await.expect("opens"),
-            disk,
-            ranges: Rc::default(),
-        };
-        let workers = (0..5).map(|worker| {
-            let guest = guest.clone();
-            async move {
-                let mut random = Random::new(seed * 100 + worker);
-                for _ in 0..30 {
-                    guest.step(&mut random).await;
-                }
-            }
-        });
-        join_all(workers.collect()).await;
-        guest.image.clone().close().await.expect("closes");
-        guest.history.take()
+        None
     });
-    Run {
-        journal: made.file.journal(),
-        start,
-        history,
-        backing: made.backing,
-    }
 }
 
-fn cut(run: &Run, seed: u64, random: &mut Random) {
-    let at = usize::try_from(random.below(run.journal.len() as u64 + 1)).expect("an index");
-    let what = format!("seed {seed}, cut at {at} of {}", run.journal.len());
-    let left = MemoryDisk::after_power_cut(&run.start, &run.journal, at, random);
-    // The dirty bit announces that refcounts are wrong; they are put right when the image is opened.
-    if left[79] & 1 == 0 {
-        assert_consistent(&left, &what, true);
+/// Opens the image on these disks, checks what it reads against what may be `left`, works with it and closes it.
+fn run<'a>(
+    made: &'a Made,
+    start: Contents,
+    plan: Plan,
+    left: impl FnOnce(&[u8]) + 'static,
+    what: &str,
+) -> (Run<'a>, Contents) {
+    let journal = Journal::default();
+    let disks: Vec<MemoryDisk> = start.iter().cloned().map(MemoryDisk::new).collect();
+    for (number, disk) in disks.iter().enumerate() {
+        disk.record(number, &journal);
     }
-    let disk = MemoryDisk::new(left);
-    let setup = Setup {
-        backing: run
-            .backing
-            .as_ref()
-            .map(|bytes| crate::testing::leaf(&MemoryDisk::new(bytes.clone()))),
-        ..Setup::new(&disk)
-    };
-    let content = sim::run(seed, || async move {
+    let setup = made.setup_over(&disks[0], disks.get(1).cloned());
+    let largest = 2 * made.kind.size;
+    let (work, below, what) = (journal.clone(), disks.clone(), what.to_owned());
+    let history = sim::run(plan.seed, || async move {
         let image = setup.open().await.expect("opens");
         let content = image.read_all().await.expect("reads");
-        // The image must be fit for use.
-        for at in [0, content.len() / 2] {
-            image
-                .write((at & !511) as u64, &[0x5a; 512])
-                .await
-                .expect("writes");
+        left(&content);
+        let guest = Guest::new(image, History::new(&content, &work), largest);
+        if plan.failing {
+            below
+                .iter()
+                .zip(plan.seed..)
+                .for_each(|(disk, seed)| disturb(disk, seed));
         }
+        guest
+            .work(plan.seed, plan.workers, plan.steps, plan.failing)
+            .await;
+        below.iter().for_each(MemoryDisk::heal);
+        guest.assert_content(&what).await;
+        let Guest { image, history, .. } = guest;
         image.close().await.expect("closes");
-        content
+        Rc::try_unwrap(history)
+            .expect("all work is done")
+            .into_inner()
     });
-    for (index, sector) in content
-        .chunks_exact(SECTOR)
-        .enumerate()
-        .take(run.history.sectors.len())
-    {
-        let found = hash(sector);
-        assert!(
-            run.history.allowed(index, at).contains(&found),
-            "{what}: sector {index:#x} holds {:x?}.., which is neither what was flushed nor newer",
-            &sector[..8]
-        );
-    }
-    assert_consistent(&disk.bytes(), &format!("{what}, used afterwards"), true);
+    let run = Run {
+        made,
+        start,
+        journal: journal.operations(),
+        history,
+    };
+    (run, disks.iter().map(MemoryDisk::bytes).collect())
 }
 
+impl Run<'_> {
+    /// A moment, and what the disks hold when the power goes then.
+    fn cut(&self, random: &mut Random) -> (usize, Contents) {
+        let len = self.journal.len() as u64;
+        let mut at = usize::try_from(random.below(len + 1)).expect("an index");
+        if random.one_in(2) {
+            // Most is lost just before a flush.
+            let is_flush =
+                |(_, operation): &(usize, Operation)| matches!(operation, Operation::Flush { .. });
+            at += self.journal[at..].iter().position(is_flush).unwrap_or(0);
+        }
+        (at, after_power_cut(&self.start, &self.journal, at, random))
+    }
+
+    fn files(&self, contents: &Contents) -> Files {
+        let data = contents.get(1).map(Vec::as_slice);
+        Files::new(&contents[0], self.made.backing.as_deref(), data)
+    }
+
+    /// Has QEMU check and read what a cut has left.
+    fn judge_with_qemu(&self, at: usize, left: &Contents, what: &str, random: &mut Random) {
+        let files = self.files(left);
+        if !is_dirty(left) {
+            files.assert_consistent(what, true);
+        }
+        if random.one_in(4) {
+            let content = files.content(None);
+            let what = format!("{what}, read by QEMU");
+            self.history
+                .assert_may_be_left(&content, &self.history.cut(at), &what);
+            if self.made.kind.options.contains("data_file_raw=on") {
+                let size = content.len();
+                let mut raw = left[1].clone();
+                raw.resize(raw.len().max(size), 0);
+                let what = format!("{what}, the data file");
+                self.history
+                    .assert_may_be_left(&raw[..size], &self.history.cut(at), &what);
+            }
+        }
+        if self.made.kind.snapshot && random.one_in(3) {
+            let content = files.content(Some("before"));
+            let what = format!("{what}, the snapshot");
+            // QEMU shows it at the length that the image has now.
+            let len = content.len().min(self.made.content.len());
+            assert_same(&content[..len], &self.made.content[..len], &what);
+        }
+    }
+
+    /// Repairs what a cut has left, and cuts that off, too.
+    fn repair(&self, at: usize, left: &Contents, what: &str, random: &mut Random) {
+        let what = format!("{what}, repaired");
+        let (journal, seed) = (Journal::default(), random.next());
+        let disks: Vec<MemoryDisk> = left.iter().cloned().map(MemoryDisk::new).collect();
+        disks[0].record(0, &journal);
+        let file = disks[0].clone();
+        let report = sim::run(seed, || async move {
+            let children = Children::new(&["file"]);
+            children.edges()[usize::from(FILE.0)].set_node(Some(leaf(&file)));
+            check_children(&children, Repair::All)
+                .await
+                .expect("checks")
+        });
+        assert_eq!(report.corruptions, 0, "{what}");
+        assert_eq!(report.leaks, 0, "{what}");
+        let repair = journal.operations();
+        let moments = [
+            repair.len(),
+            usize::try_from(random.below(repair.len() as u64 + 1)).expect("an index"),
+        ];
+        for moment in moments {
+            let what = format!("{what}, cut at {moment} of {}", repair.len());
+            let after = after_power_cut(left, &repair, moment, random);
+            let files = self.files(&after);
+            if !is_dirty(&after) {
+                files.assert_consistent(&what, moment < repair.len());
+            }
+            self.history
+                .assert_may_be_left(&files.content(None), &self.history.cut(at), &what);
+        }
+    }
+}
+
+/// Cuts a run off, judges what is left, and goes on from there, to be cut off again `depth` times.
+fn cut(run_before: &Run<'_>, seed: u64, depth: u32, what: &str, random: &mut Random) -> u64 {
+    let (at, left) = run_before.cut(random);
+    let what = format!("{what}, cut at {at} of {}", run_before.journal.len());
+    let mut cuts = 1;
+    run_before.judge_with_qemu(at, &left, &what, random);
+    if random.one_in(6) {
+        run_before.repair(at, &left, &what, random);
+        cuts += 1;
+    }
+    let goes_on = depth > 0 && random.one_in(3);
+    let (workers, steps) = if goes_on { (3, 8) } else { (1, 3) };
+    let plan = Plan {
+        seed: seed + u64::from(depth),
+        workers,
+        steps,
+        failing: false,
+    };
+    let moment = run_before.history.cut(at);
+    let found = Rc::new(RefCell::new(Vec::new()));
+    let (keep, next) = (found.clone(), format!("{what}, used afterwards"));
+    let (next_run, end) = run(
+        run_before.made,
+        left,
+        plan,
+        move |content| *keep.borrow_mut() = content.to_vec(),
+        &next,
+    );
+    let content = found.take();
+    run_before
+        .history
+        .assert_may_be_left(&content, &moment, &what);
+    next_run.files(&end).assert_consistent(&next, true);
+    if goes_on {
+        for _ in 0..2 {
+            cuts += cut(&next_run, seed, depth - 1, &next, random);
+        }
+    }
+    cuts
+}
+
+/// The kinds of images that power cuts are tried on.
 fn kinds() -> Vec<Kind> {
     const MIB: u64 = 1 << 20;
-    let kind = |options, size, backing| Kind {
+    let kind = |options, size| Kind {
         options,
         size,
-        backing,
         ..Kind::default()
     };
+    let backed = |options, size| Kind {
+        backing: true,
+        ..kind(options, size)
+    };
+    let filled = |options| Kind {
+        filled: MIXED,
+        ..kind(options, 2 * MIB)
+    };
+    let snapshot = |options| Kind {
+        snapshot: true,
+        ..filled(options)
+    };
+    let data_file = |options| Kind {
+        data_file: true,
+        ..kind(options, 2 * MIB)
+    };
     vec![
-        kind("cluster_size=4k", 2 * MIB, false),
-        kind("cluster_size=512", MIB, false),
-        kind("cluster_size=512,refcount_bits=64", MIB / 2, true),
-        kind("cluster_size=4k,compat=0.10", 2 * MIB, false),
-        kind("cluster_size=16k,extended_l2=on", 2 * MIB, true),
-        kind("cluster_size=64k", 4 * MIB, true),
-        kind("cluster_size=4k,lazy_refcounts=on", 2 * MIB, false),
-        kind("cluster_size=512,lazy_refcounts=on", MIB, true),
+        kind("cluster_size=4k", 2 * MIB),
+        kind("cluster_size=512", MIB),
+        backed("cluster_size=512,refcount_bits=64", MIB / 2),
+        // Both the L1 and the refcount table outgrow their first place.
+        kind("cluster_size=512,refcount_bits=64", 3 * MIB / 2),
+        kind("cluster_size=4k,compat=0.10", 2 * MIB),
+        backed("cluster_size=16k,extended_l2=on", 2 * MIB),
+        backed("cluster_size=64k", 4 * MIB),
+        kind("cluster_size=4k,lazy_refcounts=on", 2 * MIB),
+        backed("cluster_size=512,lazy_refcounts=on", MIB),
         Kind {
             small_cache: true,
-            ..kind("cluster_size=512,refcount_bits=1", MIB, false)
+            ..kind("cluster_size=512,refcount_bits=1", MIB)
+        },
+        filled("cluster_size=4k"),
+        snapshot("cluster_size=4k"),
+        Kind {
+            driver_options: Some(|options| options.pass_discard_other = Some(true)),
+            ..snapshot("cluster_size=16k,extended_l2=on")
+        },
+        snapshot("cluster_size=512,lazy_refcounts=on"),
+        data_file("cluster_size=4k"),
+        data_file("cluster_size=16k,extended_l2=on,lazy_refcounts=on"),
+        data_file("cluster_size=64k,data_file_raw=on"),
+        Kind {
+            driver_options: Some(|options| options.discard_no_unref = Some(true)),
+            ..filled("cluster_size=4k")
         },
     ]
 }
 
 #[test]
 fn survives_power_cuts() {
-    let cuts: u64 = std::env::var("STORD_CRASH_CUTS")
-        .ok()
-        .and_then(|cuts| cuts.parse().ok())
-        .unwrap_or(500);
-    const PER_RUN: u64 = 12;
-    let first: u64 = std::env::var("STORD_FIRST_SEED")
-        .ok()
-        .and_then(|first| first.parse().ok())
-        .unwrap_or(0);
-    let kinds = kinds();
-    for number in 0..cuts.div_ceil(PER_RUN) {
-        let seed = first + number;
+    let cuts = number("STORD_CRASH_CUTS", 500);
+    let first = number("STORD_FIRST_SEED", 0);
+    let wanted = std::env::var("STORD_KIND").unwrap_or_default();
+    let mut kinds = kinds();
+    kinds.retain(|kind| kind.describe().contains(&wanted));
+    let per_run = 8;
+    let mut made = 0;
+    for seed in first.. {
+        if made >= cuts {
+            break;
+        }
         let kind = &kinds[usize::try_from(seed).expect("small") % kinds.len()];
-        let run = run(kind, seed);
+        let image = Made::new(kind);
+        let failing = (seed / kinds.len() as u64 + seed) % 4 == 3;
+        let what = format!("seed {seed}, {}", kind.describe());
+        let plan = Plan {
+            seed,
+            workers: 5,
+            steps: 30,
+            failing,
+        };
+        let start = std::iter::once(&image.file)
+            .chain(&image.data_file)
+            .map(MemoryDisk::bytes)
+            .collect();
+        let (run, end) = run(&image, start, plan, |_| {}, &what);
+        run.files(&end).assert_consistent(&what, failing);
         let mut random = Random::new(seed);
-        for _ in 0..PER_RUN {
-            cut(&run, seed, &mut random);
+        let enough = made + per_run;
+        while made < enough {
+            made += cut(&run, seed, 2, &what, &mut random);
         }
     }
 }

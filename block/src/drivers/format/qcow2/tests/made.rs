@@ -153,7 +153,7 @@ fn special_kinds() -> Vec<Kind> {
 }
 
 /// Files of an image on the host, for QEMU.
-struct Files {
+pub(super) struct Files {
     dir: TempDir,
     source: String,
 }
@@ -163,7 +163,7 @@ impl Files {
         self.dir.path().join(name)
     }
 
-    fn new(image: &[u8], backing: Option<&[u8]>, data: Option<&[u8]>) -> Self {
+    pub(super) fn new(image: &[u8], backing: Option<&[u8]>, data: Option<&[u8]>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let mut files = Self {
             dir,
@@ -192,7 +192,8 @@ impl Files {
         files
     }
 
-    fn assert_consistent(&self, what: &str, may_leak: bool) {
+    /// Has QEMU look for corruption, and for leaks unless they are allowed.
+    pub(super) fn assert_consistent(&self, what: &str, may_leak: bool) {
         let output = Command::new("qemu-img")
             .args(["check", "--image-opts", &self.source])
             .output()
@@ -213,7 +214,8 @@ impl Files {
         );
     }
 
-    fn content(&self, snapshot: Option<&str>) -> Vec<u8> {
+    /// What QEMU reads from the image or a snapshot in it.
+    pub(super) fn content(&self, snapshot: Option<&str>) -> Vec<u8> {
         let raw = self.path("raw");
         let mut args = vec!["convert", "-O", "raw"];
         args.extend(snapshot.into_iter().flat_map(|name| ["-l", name]));
@@ -282,6 +284,11 @@ impl Made {
     }
 
     pub(super) fn setup(&self) -> Setup {
+        self.setup_over(&self.file, self.data_file.clone())
+    }
+
+    /// How to open an image of this kind that is on other disks.
+    pub(super) fn setup_over(&self, file: &MemoryDisk, data_file: Option<MemoryDisk>) -> Setup {
         let mut options = super::harness::defaults();
         if self.kind.small_cache {
             options.l2_cache_size = Some(512);
@@ -297,9 +304,9 @@ impl Made {
             .map(|bytes| leaf(&MemoryDisk::new(bytes.clone())));
         Setup {
             backing,
-            data_file: self.data_file.clone(),
+            data_file,
             options: Some(options),
-            ..Setup::new(&self.file)
+            ..Setup::new(file)
         }
     }
 
