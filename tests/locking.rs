@@ -11,10 +11,11 @@ use crate::support::run::{Ended, run};
 use crate::support::{Qmp, Scratch, eventually, qemu};
 
 /// QEMU's own tool holding the image open; ends when dropped.
-struct Holder(Child);
+pub struct Holder(Child);
 
 impl Holder {
-    fn new(image: &Path, read_only: bool) -> Holder {
+    /// Opens the image and waits until it is locked.
+    pub fn new(image: &Path, read_only: bool) -> Holder {
         let mut command = Command::new("qemu-io");
         if read_only {
             command.arg("-r");

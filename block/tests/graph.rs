@@ -548,7 +548,8 @@ async fn created_files_have_the_size_and_space_asked_for() {
     let make = async |extra: (&str, Value)| {
         let mut options = json!({"driver": "file", "filename": path, "size": MIB});
         options[extra.0] = extra.1;
-        create::make(&world.graph, from_json(options)?, &JobControl::default()).await
+        let made = create::make(&world.graph, from_json(options)?, &JobControl::default()).await;
+        made.map_err(stord_qmp::Error::from)
     };
     for (mode, allocated) in [("off", false), ("falloc", true), ("full", true)] {
         make(("preallocation", json!(mode))).await.unwrap();

@@ -32,7 +32,8 @@ impl World {
     }
 
     async fn create(&self, options: Value) -> Result<(), Error> {
-        create::make(&self.graph, from_json(options)?, &JobControl::default()).await
+        let made = create::make(&self.graph, from_json(options)?, &JobControl::default()).await;
+        made.map_err(Error::from)
     }
 }
 

@@ -1,17 +1,25 @@
-//! `stord create`: makes an image.
+//! `stord create`: makes an image. A file that was there is replaced when the new one is complete, and stays as it is until then.
 
-use std::path::PathBuf;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use nix::fcntl::OFlag;
 use serde_json::{Map, Value, json};
-use stord_block::Graph;
+use stord_block::graph::Claim;
 use stord_block::job::{JobControl, create};
+use stord_block::{Backend, Graph, Permissions};
+use stord_qmp::schema::block::{BlockdevDriver, BlockdevOptionsFile};
 use stord_qmp::{Error, from_json};
 
+use super::replacement::{Replacement, exists_already};
 use super::{Mode, Subject, size, text_of};
 use crate::mount::guess::Format;
 use crate::mount::size_text;
+use crate::report::reason;
 
 /// Make an image.
 ///
@@ -44,10 +52,6 @@ pub struct CreateArgs {
 pub fn run(args: &CreateArgs) -> ExitCode {
     super::run(async |_, graph| {
         let shown = args.file.display();
-        if !args.force && std::fs::metadata(&args.file).is_ok_and(|found| found.len() > 0) {
-            return Err(Error::generic(format!("'{shown}' exists already"))
-                .with_hint("Choose another name, or write over it with --force."));
-        }
         let format = args.format.unwrap_or_else(|| {
             let ending = args.file.extension().and_then(|ending| ending.to_str());
             match ending {
@@ -55,86 +59,264 @@ pub fn run(args: &CreateArgs) -> ExitCode {
                 _ => Format::Qcow2,
             }
         });
-        let bytes = make(&graph, args, format).await;
+        let place = Place::look_at(&args.file, args.force)?;
+        let bytes = make(&graph, args, format, place).await;
         let bytes = bytes.map_err(|error| error.context(format!("cannot make '{shown}'")))?;
         println!("Made '{shown}' ({}, {}).", format.name(), size_text(bytes));
         Ok(ExitCode::SUCCESS)
     })
 }
 
-async fn make(graph: &Graph, args: &CreateArgs, format: Format) -> Result<u64, Error> {
-    let path = text_of(&args.file)?;
-    let mut options = options(&args.option)?;
+/// Where a file is to be made.
+enum Place {
+    /// On a block device, which loses what it holds.
+    Device(PathBuf),
+    /// In a directory.
+    File {
+        path: PathBuf,
+        /// The device and inode number of a file that is there and is to be replaced.
+        replaces: Option<(u64, u64)>,
+    },
+}
+
+impl Place {
+    fn look_at(path: &Path, force: bool) -> Result<Self, Error> {
+        let shown = path.display();
+        let found = match fs::metadata(path) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Self::File {
+                    path: path.to_path_buf(),
+                    replaces: None,
+                });
+            }
+            Err(error) => {
+                return Err(Error::generic(format!(
+                    "cannot look at '{shown}': {}",
+                    reason(&error)
+                )));
+            }
+        };
+        let kind = found.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::generic(format!(
+                "'{shown}' is neither a file nor a block device"
+            )));
+        }
+        if !force && (found.len() > 0 || kind.is_block_device()) {
+            return Err(exists_already(path));
+        }
+        if !kind.is_block_device() {
+            return Ok(Self::File {
+                path: path.to_path_buf(),
+                replaces: Some((found.dev(), found.ino())),
+            });
+        }
+        // The kernel refuses this for what is mounted or otherwise in use.
+        let alone = OFlag::O_EXCL.bits();
+        match fs::File::options()
+            .read(true)
+            .custom_flags(alone)
+            .open(path)
+        {
+            Ok(_) => Ok(Self::Device(path.to_path_buf())),
+            Err(error) => Err(Error::generic(format!(
+                "cannot use the device '{shown}': {}",
+                reason(&error)
+            ))),
+        }
+    }
+
+    /// Sees to it that nobody else uses what is to be replaced, as long as the claim is kept.
+    async fn claim(&self, graph: &Graph, node_name: &str) -> Result<Option<Backend>, Error> {
+        let Self::File {
+            path,
+            replaces: Some(_),
+        } = self
+        else {
+            return Ok(None);
+        };
+        let file = BlockdevDriver::File(BlockdevOptionsFile::new(text_of(path)?));
+        graph
+            .blockdev_add(super::node(node_name, file, Mode::WRITE))
+            .await?;
+        let claim = Claim {
+            permissions: Permissions::WRITE | Permissions::RESIZE,
+            shared: Permissions::empty(),
+        };
+        graph.attach(node_name, "create", claim).await.map(Some)
+    }
+
+    fn is_file(&self, other: (u64, u64)) -> bool {
+        matches!(self, Self::File { replaces: Some(own), .. } if *own == other)
+    }
+
+    /// Makes ready to write there: the description of the node to write to, and the file that is to get the name.
+    fn begin(&self) -> Result<(Value, Option<(Replacement, bool)>), Error> {
+        match self {
+            Self::Device(path) => {
+                let device = json!({"driver": "host_device", "filename": text_of(path)?});
+                Ok((device, None))
+            }
+            Self::File { path, replaces } => {
+                let new = Replacement::new(path)?;
+                let file = json!({"driver": "file", "filename": text_of(&new.name())?});
+                Ok((file, Some((new, replaces.is_some()))))
+            }
+        }
+    }
+}
+
+async fn make(
+    graph: &Graph,
+    args: &CreateArgs,
+    format: Format,
+    place: Place,
+) -> Result<u64, Error> {
+    let options = options(&args.option)?;
     let backing = backing(graph, args).await?;
     let bytes = match (&args.size, &backing) {
         (Some(text), _) => size::parse(text)?
             .checked_next_multiple_of(512)
             .ok_or_else(|| Error::generic("the size is too large"))?,
-        (None, Some((_, size))) => *size,
+        (None, Some(backing)) => backing.size,
         (None, None) => {
             return Err(Error::generic("no size is given")
                 .with_hint("Say how large the image is to be: stord create FILE 20G"));
         }
     };
-    let mut file = Map::new();
-    file.insert("driver".to_owned(), "file".into());
-    file.insert("filename".to_owned(), path.into());
-    if format == Format::Raw {
-        if backing.is_some() {
-            return Err(Error::generic("a raw image cannot have a backing file"));
-        }
-        file.insert("size".to_owned(), bytes.into());
-        file.extend(options);
-        create::make(
-            graph,
-            from_json(Value::Object(file))?,
-            &JobControl::default(),
-        )
-        .await?;
-        return Ok(bytes);
+    if backing
+        .as_ref()
+        .is_some_and(|backing| place.is_file(backing.identity))
+    {
+        return Err(Error::generic("the image would lie behind itself"));
     }
-    if let Some(Value::String(name)) = options.get("data-file").cloned() {
-        make_empty(graph, &name).await?;
-        options.insert(
-            "data-file".to_owned(),
-            json!({"driver": "file", "filename": name}),
-        );
+    match format {
+        Format::Raw => make_raw(graph, bytes, options, backing.is_some(), place).await?,
+        Format::Qcow2 => make_qcow2(graph, args, bytes, options, backing, place).await?,
     }
-    if let (Some((format, _)), Some(name)) = (&backing, &args.backing) {
-        options.insert("backing-file".to_owned(), name.as_str().into());
-        options.insert("backing-fmt".to_owned(), format.name().into());
+    Ok(bytes)
+}
+
+async fn make_raw(
+    graph: &Graph,
+    bytes: u64,
+    mut options: Map<String, Value>,
+    has_backing: bool,
+    place: Place,
+) -> Result<(), Error> {
+    if has_backing {
+        return Err(Error::generic("a raw image cannot have a backing file"));
     }
-    make_empty(graph, path).await?;
-    options.insert("driver".to_owned(), "qcow2".into());
-    options.insert(
-        "file".to_owned(),
-        json!({"driver": "file", "filename": path}),
-    );
-    options.insert("size".to_owned(), bytes.into());
-    let made = match from_json(Value::Object(options)) {
-        Ok(options) => create::make(graph, options, &JobControl::default()).await,
-        Err(error) => Err(error),
+    let Place::File { path, replaces } = &place else {
+        return Err(Error::generic("a block device is a raw image already"));
     };
-    if made.is_err() {
-        // Nothing but what was made here; a file that was there before is empty by now.
-        let _ = std::fs::remove_file(&args.file);
+    options.insert("driver".to_owned(), "file".into());
+    options.insert("filename".to_owned(), text_of(path)?.into());
+    options.insert("size".to_owned(), bytes.into());
+    create::check(&from_json(Value::Object(options.clone()))?)?;
+    let _claim = place.claim(graph, "old").await?;
+    let new = Replacement::new(path)?;
+    options.insert("filename".to_owned(), text_of(&new.name())?.into());
+    let options = from_json(Value::Object(options))?;
+    create::make(graph, options, &JobControl::default())
+        .await
+        .map_err(|failure| failure.error)?;
+    new.put_in_place(replaces.is_some())
+}
+
+async fn make_qcow2(
+    graph: &Graph,
+    args: &CreateArgs,
+    bytes: u64,
+    mut options: Map<String, Value>,
+    backing: Option<Backing>,
+    place: Place,
+) -> Result<(), Error> {
+    let data_file = match options.get("data-file").cloned() {
+        Some(Value::String(name)) => {
+            // Not every program looks for a relative name where the image lies.
+            let path =
+                std::path::absolute(&name).map_err(|error| Error::generic(reason(&error)))?;
+            let place = Place::look_at(&path, args.force)?;
+            let image = std::path::absolute(&args.file);
+            if image.is_ok_and(|image| image == path)
+                || fs::canonicalize(&path).is_ok_and(|path| is_same(&path, &args.file))
+            {
+                return Err(Error::generic("the image cannot be its own data file"));
+            }
+            Some((text_of(&path)?.to_owned(), place))
+        }
+        Some(_) => return Err(Error::generic("'data-file' is to be the name of a file")),
+        None => None,
+    };
+    if let (Some(backing), Some(name)) = (&backing, &args.backing) {
+        options.insert("backing-file".to_owned(), name.as_str().into());
+        options.insert("backing-fmt".to_owned(), backing.format.name().into());
     }
-    made.map(|()| bytes)
+    options.insert("driver".to_owned(), "qcow2".into());
+    options.insert("size".to_owned(), bytes.into());
+    // What is wrong with the options shows before anything is made.
+    options.insert("file".to_owned(), "not yet there".into());
+    create::check(&from_json(Value::Object(options.clone()))?)?;
+    let _claim = place.claim(graph, "old").await?;
+    let (file, new) = place.begin()?;
+    options.insert("file".to_owned(), file);
+    let mut finished = Vec::new();
+    let mut data_file_name = None;
+    let mut _data_claim = None;
+    if let Some((name, place)) = &data_file {
+        _data_claim = place.claim(graph, "old-data").await?;
+        let (file, new) = place.begin()?;
+        options.insert("data-file".to_owned(), file);
+        data_file_name = Some(name.clone());
+        finished.extend(new);
+    }
+    finished.extend(new);
+    let on_device = matches!(place, Place::Device(_));
+    let options = from_json(Value::Object(options))?;
+    create::make_named(graph, options, data_file_name, &JobControl::default())
+        .await
+        .map_err(|failure| {
+            if on_device {
+                failure.into()
+            } else {
+                failure.error
+            }
+        })?;
+    for (new, replaces) in finished {
+        new.put_in_place(replaces)?;
+    }
+    Ok(())
 }
 
-async fn make_empty(graph: &Graph, path: &str) -> Result<(), Error> {
-    let options = from_json(json!({"driver": "file", "filename": path, "size": 0}))?;
-    create::make(graph, options, &JobControl::default()).await
+fn is_same(one: &Path, other: &Path) -> bool {
+    fs::canonicalize(other).is_ok_and(|other| one == other)
 }
 
-/// The backing file's format and size, as far as it can be opened.
-async fn backing(graph: &Graph, args: &CreateArgs) -> Result<Option<(Format, u64)>, Error> {
+/// The path of a file whose name the image keeps: a relative one is meant from where the image lies.
+fn beside(args: &CreateArgs, name: &str) -> PathBuf {
+    let directory = args.file.parent().unwrap_or_else(|| "".as_ref());
+    directory.join(name)
+}
+
+/// What lies behind the image.
+struct Backing {
+    format: Format,
+    /// Bytes.
+    size: u64,
+    /// Its file's device and inode number.
+    identity: (u64, u64),
+}
+
+/// What is to lie behind the image, as far as it can be opened.
+async fn backing(graph: &Graph, args: &CreateArgs) -> Result<Option<Backing>, Error> {
     let Some(name) = &args.backing else {
         return Ok(None);
     };
-    // A relative name is meant from where the image lies.
-    let directory = args.file.parent().unwrap_or_else(|| "".as_ref());
-    let subject = Subject::look_at(&directory.join(name), args.backing_format)?;
+    let path = beside(args, name);
+    let subject = Subject::look_at(&path, args.backing_format)?;
+    let found = fs::metadata(&path);
     graph
         .blockdev_add(subject.options(Mode::READ, false)?)
         .await?;
@@ -144,8 +326,13 @@ async fn backing(graph: &Graph, args: &CreateArgs) -> Result<Option<(Format, u64
         .find(|node| node.node_name.as_deref() == Some(super::IMAGE))
         .and_then(|node| u64::try_from(node.image.virtual_size).ok());
     graph.blockdev_del(super::IMAGE).await?;
-    let size = size.ok_or_else(|| Error::generic("the backing file has gone"))?;
-    Ok(Some((subject.format, size)))
+    let gone = || Error::generic("the backing file has gone");
+    let found = found.map_err(|error| gone().with_source(error))?;
+    Ok(Some(Backing {
+        format: subject.format,
+        size: size.ok_or_else(gone)?,
+        identity: (found.dev(), found.ino()),
+    }))
 }
 
 /// The options as the members of `blockdev-create`: `_` counts as `-`, sizes may have suffixes.

@@ -4,6 +4,7 @@
 pub mod check;
 pub mod create;
 pub mod info;
+mod replacement;
 pub mod resize;
 mod size;
 

@@ -16,6 +16,33 @@ use crate::drivers::format::qcow2;
 use crate::drivers::protocol::file;
 use crate::graph::{Claim, Graph, Permissions};
 
+/// Why an image was not made.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct CreateError {
+    /// What went wrong.
+    #[source]
+    pub error: Error,
+    /// What has become of the place for the image; `None` where nothing was touched.
+    pub left: Option<String>,
+}
+
+impl From<Error> for CreateError {
+    fn from(error: Error) -> Self {
+        Self { error, left: None }
+    }
+}
+
+impl From<CreateError> for Error {
+    fn from(failure: CreateError) -> Self {
+        let mut error = failure.error;
+        if let Some(left) = failure.left {
+            error.message = format!("{}; {left}", error.message);
+        }
+        error
+    }
+}
+
 /// Starts the job that makes the image. It stays, concluded, until it is dismissed.
 ///
 /// # Errors
@@ -43,27 +70,18 @@ pub fn start(
         control.add_total(1);
         let made = make(&graph, options, &control).await;
         control.add_done(1);
-        made
+        made.map_err(Error::from)
     })
 }
 
-/// Makes an image.
+/// Says what is wrong with the options, as far as that can be known before anything is touched.
 ///
 /// # Errors
 /// What the driver says.
-pub async fn make(
-    graph: &Graph,
-    options: BlockdevCreateOptions,
-    control: &JobControl,
-) -> Result<(), Error> {
-    let control = control.clone();
-    match options.driver {
-        BlockdevCreateDriver::File(file) => {
-            graph
-                .on_main(move || pool::run(move || file::create::create(&file, &control)))
-                .await?
-        }
-        BlockdevCreateDriver::Qcow2(qcow2) => make_qcow2(graph, qcow2, control).await,
+pub fn check(options: &BlockdevCreateOptions) -> Result<(), Error> {
+    match &options.driver {
+        BlockdevCreateDriver::File(file) => file::create::check(file),
+        BlockdevCreateDriver::Qcow2(qcow2) => qcow2::create::check(qcow2),
         BlockdevCreateDriver::HostDevice
         | BlockdevCreateDriver::NullAio
         | BlockdevCreateDriver::NullCo
@@ -73,11 +91,53 @@ pub async fn make(
     }
 }
 
+/// Makes an image.
+///
+/// # Errors
+/// What the driver says, and what is left where something was touched.
+pub async fn make(
+    graph: &Graph,
+    options: BlockdevCreateOptions,
+    control: &JobControl,
+) -> Result<(), CreateError> {
+    make_named(graph, options, None, control).await
+}
+
+/// Makes an image that remembers its data file by this name, if one is given, and not by that of the node.
+///
+/// # Errors
+/// As [`make`].
+pub async fn make_named(
+    graph: &Graph,
+    options: BlockdevCreateOptions,
+    data_file_name: Option<String>,
+    control: &JobControl,
+) -> Result<(), CreateError> {
+    let control = control.clone();
+    match options.driver {
+        BlockdevCreateDriver::File(file) => {
+            graph
+                .on_main(move || pool::run(move || file::create::create(&file, &control)))
+                .await?
+        }
+        BlockdevCreateDriver::Qcow2(qcow2) => {
+            make_qcow2(graph, qcow2, data_file_name, control).await
+        }
+        BlockdevCreateDriver::HostDevice
+        | BlockdevCreateDriver::NullAio
+        | BlockdevCreateDriver::NullCo
+        | BlockdevCreateDriver::Raw => {
+            Err(Error::generic("Driver does not support blockdev-create").into())
+        }
+    }
+}
+
 async fn make_qcow2(
     graph: &Graph,
     options: BlockdevCreateOptionsQcow2,
+    data_file_name: Option<String>,
     control: JobControl,
-) -> Result<(), Error> {
+) -> Result<(), CreateError> {
     const CLAIM: Claim = Claim {
         permissions: Permissions::WRITE.union(Permissions::RESIZE),
         shared: Permissions::all(),
@@ -93,7 +153,7 @@ async fn make_qcow2(
             Ok(backend) => Some(backend),
             Err(error) => {
                 graph.detach(file).await;
-                return Err(error);
+                return Err(error.into());
             }
         },
         None => None,
@@ -102,9 +162,10 @@ async fn make_qcow2(
         let (file, data_file) = (file.clone(), data_file.clone());
         graph
             .on_main(move || async move {
-                let named = data_file
-                    .as_ref()
-                    .map(|backend| (backend, name_of(backend)));
+                let named = data_file.as_ref().map(|backend| {
+                    let name = data_file_name.unwrap_or_else(|| name_of(backend));
+                    (backend, name)
+                });
                 qcow2::create::create(&options, &file, named, &control).await
             })
             .await

@@ -22,6 +22,7 @@ use super::layout::{
 use crate::backend::Backend;
 use crate::driver::ZeroFlags;
 use crate::job::JobControl;
+use crate::job::create::CreateError;
 
 /// Tables are written in pieces of this many bytes.
 const PIECE: u64 = 1 << 20;
@@ -56,19 +57,39 @@ struct Plan<'a> {
     data_clusters: u64,
 }
 
-/// Makes an image on `file`, with its data on `data_file` if there is one, whose name the image keeps.
+/// Says what is wrong with the options.
 ///
 /// # Errors
 /// In the reference's wording where it has one.
+pub fn check(options: &BlockdevCreateOptionsQcow2) -> Result<(), Error> {
+    let plan = Plan::make(options, None)?;
+    plan.header().map(|_| ())
+}
+
+/// Makes an image on `file`, with its data on `data_file` if there is one, whose name the image keeps.
+///
+/// # Errors
+/// In the reference's wording where it has one; what is left where something was touched.
 pub async fn create(
     options: &BlockdevCreateOptionsQcow2,
     file: &Backend,
     data_file: Option<(&Backend, String)>,
     control: &JobControl,
-) -> Result<(), Error> {
+) -> Result<(), CreateError> {
     let data_backend = data_file.as_ref().map(|(backend, _)| (*backend).clone());
     let plan = Plan::make(options, data_file.map(|(_, name)| name))?;
-    plan.write(file, data_backend.as_ref(), control).await
+    let header = plan.header()?;
+    let written = plan
+        .write(header, file, data_backend.as_ref(), control)
+        .await;
+    written.map_err(|error| CreateError {
+        error,
+        // The old header is the first to go, the new one the last to come.
+        left: Some(format!(
+            "node '{}' holds no image now, and what it held before is lost",
+            file.node_name()
+        )),
+    })
 }
 
 impl<'a> Plan<'a> {
@@ -166,11 +187,11 @@ impl<'a> Plan<'a> {
 
     async fn write(
         &self,
+        header: IoBuffer,
         file: &Backend,
         data_file: Option<&Backend>,
         control: &JobControl,
     ) -> Result<(), Error> {
-        let header = self.header()?;
         self.make_room(file, data_file).await?;
         // What is not written here is zero from `make_room`.
         let cluster = self.geometry.cluster_size();

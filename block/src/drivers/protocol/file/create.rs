@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::fcntl::{FallocateFlags, OFlag, fallocate, open as open_path};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat};
 use nix::sys::uio::pwrite;
 use nix::unistd::{fsync, ftruncate};
 use stord_aio::Errno;
@@ -14,6 +14,7 @@ use stord_qmp::schema::create::{BlockdevCreateOptionsFile, PreallocMode};
 use super::lock::Locks;
 use crate::graph::Permissions;
 use crate::job::JobControl;
+use crate::job::create::CreateError;
 
 /// The extent size hint where the user gives none.
 const DEFAULT_EXTENT_SIZE_HINT: i64 = 1 << 20;
@@ -21,11 +22,29 @@ const DEFAULT_EXTENT_SIZE_HINT: i64 = 1 << 20;
 /// Zeroes are written in pieces of this many bytes.
 const PIECE: usize = 1 << 20;
 
+/// Says what is wrong with the options.
+///
+/// # Errors
+/// In the reference's wording.
+pub fn check(options: &BlockdevCreateOptionsFile) -> Result<(), Error> {
+    if options.preallocation == Some(PreallocMode::Metadata) {
+        return Err(Error::generic("Unsupported preallocation mode: metadata"));
+    }
+    if options.size < 0 {
+        return Err(failed("Could not resize file", Errno::EINVAL));
+    }
+    hint_bytes(options.extent_size_hint).map(|_| ())
+}
+
 /// Makes the file, or empties the one that is there, and gives it its size. Blocks; for the pool.
 ///
 /// # Errors
-/// In the reference's wording. A file that was made stays, as there.
-pub fn create(options: &BlockdevCreateOptionsFile, control: &JobControl) -> Result<(), Error> {
+/// In the reference's wording. A file that was made or emptied stays, as there, and the error says so.
+pub fn create(
+    options: &BlockdevCreateOptionsFile,
+    control: &JobControl,
+) -> Result<(), CreateError> {
+    check(options)?;
     let filename = &options.filename;
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_CLOEXEC;
     let fd = open_path(filename.as_str(), flags, Mode::from_bits_truncate(0o644))
@@ -37,10 +56,19 @@ pub fn create(options: &BlockdevCreateOptionsFile, control: &JobControl) -> Resu
         // As in the reference, what the file system lacks is not missed.
         let _ = attributes::disable_copy_on_write(fd.as_fd());
     }
-    set_extent_size_hint(&fd, options.extent_size_hint)?;
-    allocate(&fd, options, control)?;
+    set_extent_size_hint(&fd, options.extent_size_hint)
+        .and_then(|()| allocate(&fd, options, control))
+        .map_err(|error| CreateError {
+            error,
+            left: Some(what_is_left(&fd, filename)),
+        })?;
     locks.commit();
     Ok(())
+}
+
+fn what_is_left(fd: &OwnedFd, filename: &str) -> String {
+    let length = fstat(fd).map_or(0, |stat| stat.st_size);
+    format!("'{filename}' stays, without what it held before: it has {length} bytes now")
 }
 
 fn lock(fd: &OwnedFd, filename: &str) -> Result<Locks, Error> {
@@ -56,9 +84,13 @@ fn lock(fd: &OwnedFd, filename: &str) -> Result<Locks, Error> {
     Ok(locks)
 }
 
+fn hint_bytes(hint: Option<i64>) -> Result<u32, Error> {
+    u32::try_from(hint.unwrap_or(DEFAULT_EXTENT_SIZE_HINT))
+        .map_err(|_| Error::generic("Extent size hint is too large"))
+}
+
 fn set_extent_size_hint(fd: &OwnedFd, hint: Option<i64>) -> Result<(), Error> {
-    let bytes = u32::try_from(hint.unwrap_or(DEFAULT_EXTENT_SIZE_HINT))
-        .map_err(|_| Error::generic("Extent size hint is too large"))?;
+    let bytes = hint_bytes(hint)?;
     if bytes == 0 {
         return Ok(());
     }
@@ -78,15 +110,13 @@ fn allocate(
 ) -> Result<(), Error> {
     let size = options.size;
     match options.preallocation.unwrap_or(PreallocMode::Off) {
-        PreallocMode::Metadata => {
-            return Err(Error::generic("Unsupported preallocation mode: metadata"));
-        }
         PreallocMode::Falloc if size > 0 => {
             fallocate(fd, FallocateFlags::empty(), 0, size)
                 .map_err(|errno| failed("Could not preallocate data for the new file", errno))?;
         }
         PreallocMode::Full => write_zeroes(fd, size, control)?,
-        PreallocMode::Off | PreallocMode::Falloc => {}
+        // `check` let no other mode pass.
+        PreallocMode::Off | PreallocMode::Metadata | PreallocMode::Falloc => {}
     }
     ftruncate(fd, size).map_err(|errno| failed("Could not resize file", errno))
 }
