@@ -15,8 +15,10 @@ use stord_qmp::from_json;
 use tempfile::NamedTempFile;
 use zerocopy::FromBytes;
 
+use super::abi::ROOT_ID;
 use super::abi::{AttrOut, LseekOut, SetattrIn, SetattrValid, WriteOut};
-use super::file_system::{FileSystem, Presentation};
+use super::disk_file::{DiskFile, Presentation};
+use super::file_system::FileSystem;
 use super::request::{Reply, Request, Setattr};
 use super::resize::Resizer;
 
@@ -84,7 +86,12 @@ impl Fixture {
         Self {
             image,
             contexts,
-            file_system: Arc::new(FileSystem::new(backend, presentation, Resizer::Own)),
+            file_system: Arc::new(FileSystem::of_file(DiskFile::new(
+                ROOT_ID,
+                backend,
+                presentation,
+                Resizer::Own,
+            ))),
             _graph: graph,
         }
     }
@@ -96,9 +103,9 @@ impl Fixture {
             .main()
             .run(move || async move {
                 let payload = IoBuffer::copy_of(&payload);
-                let reply = match file_system.try_handle(&request, &payload) {
+                let reply = match file_system.try_handle(ROOT_ID, &request, &payload) {
                     Some(reply) => reply,
-                    None => file_system.handle(request, payload.clone()).await,
+                    None => file_system.handle(ROOT_ID, request, payload.clone()).await,
                 };
                 match reply {
                     Reply::Done => Outcome::Done,
