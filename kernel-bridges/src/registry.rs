@@ -20,13 +20,7 @@ use stord_qmp::schema::export::{
 };
 
 use crate::export::{Ended, Export, Parts};
-use crate::fuse::{
-    Contents, FileOptions, FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes,
-};
-
-mod directory;
-
-pub use directory::{DirectoryExport, DirectoryFile};
+use crate::fuse::{FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes};
 
 /// So many contexts serve an export that names none.
 const DEFAULT_QUEUES: usize = 2;
@@ -99,37 +93,22 @@ impl ExportRegistry {
     /// # Errors
     /// The id or the mountpoint is taken, the node cannot be exported so, or the kernel refuses. Nothing is left then.
     pub async fn add(self: &Rc<Self>, options: BlockExportOptions) -> Result<(), Error> {
+        if !is_wellformed(&options.id) {
+            return Err(Error::generic("Invalid block export id"));
+        }
+        if self.find(&options.id).is_some() {
+            return Err(Error::generic(format!(
+                "Block export id '{}' is already in use",
+                options.id
+            )));
+        }
+        let node = self.graph.find(&options.node_name)?;
         let (kind, mountpoint) = match &options.kind {
             BlockExportKind::Fuse(fuse) => (BlockExportType::Fuse, Some(fuse.mountpoint.clone())),
         };
-        let entry = self.enter(&options.id, kind, &options.node_name, mountpoint)?;
-        let started = self.start(&entry, &options).await;
-        if started.is_err() {
-            self.forget(&entry);
-        }
-        started
-    }
-
-    /// Puts a new export into the list.
-    fn enter(
-        &self,
-        id: &str,
-        kind: BlockExportType,
-        node_name: &str,
-        mountpoint: Option<String>,
-    ) -> Result<Rc<Entry>, Error> {
-        if !is_wellformed(id) {
-            return Err(Error::generic("Invalid block export id"));
-        }
-        if self.find(id).is_some() {
-            return Err(Error::generic(format!(
-                "Block export id '{id}' is already in use"
-            )));
-        }
-        let node = self.graph.find(node_name)?;
         let (stage, _) = watch::channel(Stage::Starting);
         let entry = Rc::new(Entry {
-            id: id.to_owned(),
+            id: options.id.clone(),
             kind,
             node_name: node.name().to_owned(),
             mountpoint,
@@ -137,8 +116,13 @@ impl ExportRegistry {
             export: RefCell::new(None),
             stage,
         });
+        drop(node);
         self.exports.borrow_mut().push(Rc::clone(&entry));
-        Ok(entry)
+        let started = self.start(&entry, &options).await;
+        if started.is_err() {
+            self.forget(&entry);
+        }
+        started
     }
 
     async fn start(
@@ -146,13 +130,12 @@ impl ExportRegistry {
         entry: &Rc<Entry>,
         options: &BlockExportOptions,
     ) -> Result<(), Error> {
-        let placement = self.place(options.iothread.as_ref())?;
+        let placement = self.place(options)?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
             BlockExportKind::Fuse(fuse) => writable && fuse.growable.unwrap_or(false),
         };
-        let attached = self.attach(&options.node_name, &options.id, writable, growable);
-        let backend = match attached.await {
+        let backend = match self.attach(options, writable, growable).await {
             Ok(backend) => backend,
             Err(error) => {
                 self.release(&placement);
@@ -170,7 +153,7 @@ impl ExportRegistry {
         };
         match started {
             Ok((export, ended)) => {
-                self.supervise(entry, export, ended, vec![backend], placement);
+                self.supervise(entry, export, ended, backend, placement);
                 Ok(())
             }
             Err(error) => {
@@ -187,29 +170,28 @@ impl ExportRegistry {
         options: &BlockExportOptionsFuse,
         parts: Parts,
     ) -> Result<(Rc<dyn Export>, Ended), Error> {
-        self.check_mountpoint_is_free(entry)?;
-        let path = check_mountpoint(&options.mountpoint, false).await?;
-        let growable = parts.writable && options.growable.unwrap_or(false);
+        if self.mountpoint_is_taken(entry) {
+            return Err(Error::generic(format!(
+                "There already is a FUSE export on '{}'",
+                options.mountpoint
+            )));
+        }
+        let growable = options.growable.unwrap_or(false);
         let options = FuseOptions {
-            path,
+            path: check_mountpoint(&options.mountpoint).await?,
             allow_other: options.allow_other.unwrap_or(FuseExportAllowOther::Auto),
+            growable: parts.writable && growable,
             io_uring: options.io_uring.unwrap_or(OnOffAuto::Auto),
-            contents: Contents::File(FileOptions {
-                backend: parts.backend,
-                writable: parts.writable,
-                growable,
-                writethrough: parts.writethrough,
-                resizes: (parts.writable && !growable)
-                    .then(|| self.serve_resizes(entry, &parts.contexts)),
-            }),
+            resizes: (parts.writable && !growable)
+                .then(|| self.serve_resizes(entry, &parts.contexts)),
         };
-        let (export, ended) = FuseExport::start(&options, &parts.contexts).await?;
+        let (export, ended) = FuseExport::start(&options, &parts).await?;
         Ok((Rc::new(export), ended))
     }
 
     /// Chooses the contexts of an export.
-    fn place(&self, iothread: Option<&BlockExportIothreads>) -> Result<Placement, Error> {
-        let names: &[String] = match iothread {
+    fn place(&self, options: &BlockExportOptions) -> Result<Placement, Error> {
+        let names: &[String] = match &options.iothread {
             None => {
                 let contexts = self.contexts.shared(DEFAULT_QUEUES).map_err(|error| {
                     Error::generic(format!("Could not start an I/O thread: {error}"))
@@ -252,12 +234,11 @@ impl ExportRegistry {
 
     async fn attach(
         &self,
-        node_name: &str,
-        id: &str,
+        options: &BlockExportOptions,
         writable: bool,
         growable: bool,
     ) -> Result<Backend, Error> {
-        let node = self.graph.find(node_name)?;
+        let node = self.graph.find(&options.node_name)?;
         if writable && node.is_read_only() {
             return Err(Error::generic("Cannot export read-only node as writable"));
         }
@@ -273,7 +254,9 @@ impl ExportRegistry {
             permissions,
             shared: Permissions::all(),
         };
-        self.graph.attach(node_name, &description(id), claim).await
+        self.graph
+            .attach(&options.node_name, &description(&options.id), claim)
+            .await
     }
 
     /// Changes the length of the export's node when its users ask for it, as long as the export lives.
@@ -301,7 +284,7 @@ impl ExportRegistry {
         entry: &Rc<Entry>,
         export: Rc<dyn Export>,
         ended: Ended,
-        backends: Vec<Backend>,
+        backend: Backend,
         placement: Placement,
     ) {
         *entry.export.borrow_mut() = Some(Rc::clone(&export));
@@ -313,9 +296,7 @@ impl ExportRegistry {
             export.finish().await;
             drop(entry.export.take());
             drop(export);
-            for backend in backends {
-                registry.graph.detach(backend).await;
-            }
+            registry.graph.detach(backend).await;
             registry.release(&placement);
             registry.forget(&entry);
             let id = entry.id.clone();
@@ -402,18 +383,11 @@ impl ExportRegistry {
         exports.iter().find(|entry| entry.id == id).cloned()
     }
 
-    /// Whether no other export is on the mountpoint, or going there.
-    fn check_mountpoint_is_free(&self, entry: &Rc<Entry>) -> Result<(), Error> {
+    fn mountpoint_is_taken(&self, by: &Rc<Entry>) -> bool {
         let exports = self.exports.borrow();
-        let is_taken = exports
+        exports
             .iter()
-            .any(|other| !Rc::ptr_eq(other, entry) && other.mountpoint == entry.mountpoint);
-        match &entry.mountpoint {
-            Some(mountpoint) if is_taken => Err(Error::generic(format!(
-                "There already is a FUSE export on '{mountpoint}'"
-            ))),
-            _ => Ok(()),
-        }
+            .any(|entry| !Rc::ptr_eq(entry, by) && entry.mountpoint == by.mountpoint)
     }
 
     fn forget(&self, entry: &Rc<Entry>) {

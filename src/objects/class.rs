@@ -6,7 +6,7 @@ use stord_qmp::{Error, ErrorClass};
 
 use super::{
     authz_list, authz_list_file, authz_simple, event_loop, iothread, main_loop, secret,
-    secret_keyring, thread_context,
+    secret_keyring, thread_context, tls_creds,
 };
 use crate::chardev;
 
@@ -120,6 +120,10 @@ const CLASSES: &[&Class] = &[
     &secret::CLASS,
     &secret_keyring::CLASS,
     &thread_context::CLASS,
+    &tls_creds::COMMON,
+    &tls_creds::ANON,
+    &tls_creds::PSK,
+    &tls_creds::X509,
 ];
 
 /// Every type, those of character devices included.

@@ -12,6 +12,7 @@ mod main_loop;
 mod secret;
 mod secret_keyring;
 mod thread_context;
+mod tls_creds;
 pub mod tree;
 
 #[cfg(test)]
@@ -79,6 +80,15 @@ impl Objects {
             by_id: RefCell::default(),
             pending: RefCell::default(),
         }
+    }
+
+    /// What of the objects is for those who look for credentials.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "those who look for them come with TLS sockets")
+    )]
+    pub fn credentials(&self) -> Arc<Credentials> {
+        Arc::clone(&self.credentials)
     }
 
     /// Makes an object.
@@ -167,7 +177,21 @@ impl Objects {
             ObjectKind::ThreadContext(properties) => {
                 Rc::new(thread_context::ThreadContext::start(id, &properties)?)
             }
+            ObjectKind::TlsCredsAnon(properties) => {
+                self.tls(tls_creds::Properties::Anon(properties)).await?
+            }
+            ObjectKind::TlsCredsPsk(properties) => {
+                self.tls(tls_creds::Properties::Psk(properties)).await?
+            }
+            ObjectKind::TlsCredsX509(properties) => {
+                self.tls(tls_creds::Properties::X509(properties)).await?
+            }
         })
+    }
+
+    async fn tls(&self, properties: tls_creds::Properties) -> Result<Rc<dyn Object>, Error> {
+        let loaded = tls_creds::TlsCreds::load(properties, &self.credentials).await?;
+        Ok(Rc::new(loaded))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Objects as clients make, change and remove them.
 
 use serde_json::json;
+use stord_qmp::schema::object::QCryptoTLSCredsEndpoint;
 
 use super::tree::Tree;
 
@@ -48,6 +49,7 @@ const SAMPLES: &[&str] = &[
     "main-loop,id=loop",
     "secret,id=secret,data=hallo",
     "thread-context,id=context",
+    "tls-creds-anon,id=anon",
 ];
 
 #[test]
@@ -239,5 +241,38 @@ fn rules_follow_their_file() {
         }
         assert_eq!(set(objects, "/objects/f", "refresh", json!(false)), Ok(()));
         assert_eq!(get(objects, "/objects/f", "refresh"), Ok(json!(false)));
+    });
+}
+
+#[test]
+fn tls_credentials_tell_what_they_were_given_and_take_changes() {
+    with_objects(async |objects| {
+        must_add(objects, "tls-creds-anon,id=tls,endpoint=server").await;
+        let credentials = objects.credentials();
+        let is_for = |endpoint| credentials.tls("tls", endpoint).is_ok();
+        assert!(is_for(QCryptoTLSCredsEndpoint::Server));
+        for (property, before, after) in [
+            ("endpoint", json!("server"), json!("client")),
+            ("dir", json!(""), json!("/no/such")),
+            ("verify-peer", json!(true), json!(false)),
+            ("priority", json!(""), json!("NORMAL:-VERS-TLS1.3")),
+        ] {
+            let path = "/objects/tls";
+            assert_eq!(get(objects, path, property), Ok(before));
+            assert_eq!(set(objects, path, property, after.clone()), Ok(()));
+            assert_eq!(get(objects, path, property), Ok(after));
+        }
+        assert!(is_for(QCryptoTLSCredsEndpoint::Client));
+        let refused = set(objects, "tls", "priority", json!("X"));
+        assert!(refused.is_err_and(|message| message.contains("'X' is unknown")));
+        let refused = set(objects, "tls", "username", json!("fred"));
+        assert_eq!(
+            refused,
+            Err("Property 'tls-creds-anon.username' not found".to_owned())
+        );
+        objects.del("tls").expect("it is there");
+        assert!(!is_for(QCryptoTLSCredsEndpoint::Client));
+        let missing = add(objects, "tls-creds-x509,id=tls").await;
+        assert_eq!(missing, Err("Missing 'dir' property value".to_owned()));
     });
 }

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use stord_qmp::Error;
+use stord_qmp::schema::object::QCryptoTLSCredsEndpoint;
 
-use crate::{Authorization, Secret};
+use crate::{Authorization, Secret, TlsCredentials};
 
 /// Every object by its id, and what of it is a credential.
 #[derive(Default)]
@@ -21,6 +22,8 @@ pub enum Credential {
     Secret(Option<Arc<Secret>>),
     /// A rule about who may come in.
     Authorization(Arc<dyn Authorization>),
+    /// TLS credentials.
+    Tls(Arc<TlsCredentials>),
     /// Nothing of the kind.
     Other,
 }
@@ -79,6 +82,27 @@ impl Credentials {
             Some(Credential::Authorization(rule)) => Ok(rule),
             Some(_) => Err(Error::generic(format!(
                 "Object '{id}' is not a QAuthZ subclass"
+            ))),
+        }
+    }
+
+    /// The TLS credentials of that id, for that side of connections.
+    ///
+    /// # Errors
+    /// There is no such object, it is something else, or for the other side.
+    pub fn tls(
+        &self,
+        id: &str,
+        endpoint: QCryptoTLSCredsEndpoint,
+    ) -> Result<Arc<TlsCredentials>, Error> {
+        match self.find(id) {
+            None => Err(Error::generic(format!("No TLS credentials with id '{id}'"))),
+            Some(Credential::Tls(credentials)) => {
+                credentials.expect(endpoint)?;
+                Ok(credentials)
+            }
+            Some(_) => Err(Error::generic(format!(
+                "Object with id '{id}' is not TLS credentials"
             ))),
         }
     }

@@ -38,6 +38,12 @@ pub enum ObjectKind {
     SecretKeyring(SecretKeyringProperties),
     /// A thread whose children run where it may run.
     ThreadContext(ThreadContextProperties),
+    /// TLS without any proof of who somebody is.
+    TlsCredsAnon(TlsCredsAnonProperties),
+    /// TLS with keys that both sides were given beforehand.
+    TlsCredsPsk(TlsCredsPskProperties),
+    /// TLS with certificates.
+    TlsCredsX509(TlsCredsX509Properties),
 }
 
 /// What every event loop has.
@@ -168,6 +174,58 @@ pub struct ThreadContextProperties {
     pub cpu_affinity: Option<Vec<u16>>,
     /// The NUMA nodes whose CPUs they are.
     pub node_affinity: Option<Vec<u16>>,
+}
+
+/// The side of a TLS connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum QCryptoTLSCredsEndpoint {
+    /// The one that connects.
+    Client,
+    /// The one that is connected to.
+    Server,
+}
+
+/// What all TLS credentials have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct TlsCredsProperties {
+    /// Whether peers must prove who they are; default on.
+    pub verify_peer: Option<bool>,
+    /// The directory of the files.
+    pub dir: Option<String>,
+    /// The side of connections that they are for; default `client`.
+    pub endpoint: Option<QCryptoTLSCredsEndpoint>,
+    /// What of TLS may be used, as a priority string of GnuTLS's; default `NORMAL`.
+    pub priority: Option<String>,
+}
+
+/// Credentials that prove nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct TlsCredsAnonProperties {
+    /// What all TLS credentials have.
+    #[qapi(flatten)]
+    pub common: TlsCredsProperties,
+}
+
+/// Keys that both sides were given beforehand.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct TlsCredsPskProperties {
+    /// What all TLS credentials have.
+    #[qapi(flatten)]
+    pub common: TlsCredsProperties,
+    /// The user that a client is; default `qemu`.
+    pub username: Option<String>,
+}
+
+/// Certificates and their keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct TlsCredsX509Properties {
+    /// What all TLS credentials have.
+    #[qapi(flatten)]
+    pub common: TlsCredsProperties,
+    /// Whether to look the certificates over before they are used; default on.
+    pub sanity_check: Option<bool>,
+    /// The secret that the key is encrypted under, if it is.
+    pub passwordid: Option<String>,
 }
 
 /// Arguments of `object-del`.
