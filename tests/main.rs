@@ -12,6 +12,7 @@ mod image_commands;
 mod locking;
 mod memory;
 mod mount_command;
+mod mount_partitions;
 mod nodes;
 mod parallel_writes;
 mod qmp_clients;

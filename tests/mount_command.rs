@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::needs;
-use crate::support::daemon::{Daemon, is_qemu, program, run_to_end};
+use crate::support::daemon::{Daemon, program, run_to_end};
 use crate::support::model::{assert_same, noise};
 use crate::support::run::{Ended, run_in};
 use crate::support::{Scratch, eventually, mounts, qemu, run_ok};
@@ -18,15 +18,17 @@ use crate::support::{Scratch, eventually, mounts, qemu, run_ok};
 /// Ends the calling test when the daemon under test is QEMU's, which has no subcommands.
 macro_rules! only_stord {
     () => {
-        if is_qemu() {
+        if $crate::support::daemon::is_qemu() {
             return;
         }
     };
 }
 
+pub(crate) use only_stord;
+
 /// Runs `stord mount` and stands guard over the daemon it leaves behind.
 #[track_caller]
-fn mount(scratch: &Scratch, args: &[&str], at: &str) -> (Daemon, Ended) {
+pub fn mount(scratch: &Scratch, args: &[&str], at: &str) -> (Daemon, Ended) {
     let ended = run_to_end(scratch, &[&["mount"], args].concat());
     assert!(ended.success(), "{ended:?}");
     let at = scratch.path(at);
@@ -47,9 +49,9 @@ fn serving(at: &Path) -> i32 {
             let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
             let words: Vec<_> = line.split('\0').collect();
-            let is_at = words
-                .iter()
-                .any(|word| *word == at || format!("{word}.raw") == at);
+            let is_at = words.iter().any(|word| {
+                *word == at || format!("{word}.raw") == at || format!("{word}.parts") == at
+            });
             exe == program() && words.get(1) == Some(&"mount") && is_at
         })
         .collect();
@@ -57,15 +59,17 @@ fn serving(at: &Path) -> i32 {
     found.remove(0)
 }
 
+/// Runs `stord umount`, which must succeed.
 #[track_caller]
-fn umount(scratch: &Scratch, target: &str) -> Ended {
+pub fn umount(scratch: &Scratch, target: &str) -> Ended {
     let ended = run_to_end(scratch, &["umount", target]);
     assert!(ended.success(), "{ended:?}");
     ended
 }
 
+/// Asserts that a command fails, saying these words, and leaves nothing behind.
 #[track_caller]
-fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
+pub fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
     let before = scratch.names();
     let ended = run_to_end(scratch, args);
     assert_eq!(ended.code, Some(1), "{args:?}: {ended:?}");
@@ -80,11 +84,12 @@ fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
 }
 
 /// The absolute path of a name, as an argument: the guard finds the daemon by it.
-fn arg(scratch: &Scratch, name: &str) -> String {
+pub fn arg(scratch: &Scratch, name: &str) -> String {
     scratch.path(name).to_str().unwrap().to_owned()
 }
 
-fn qcow2_with(scratch: &Scratch, name: &str, content: &[u8]) -> String {
+/// Makes a qcow2 image with this content; gives its absolute path.
+pub fn qcow2_with(scratch: &Scratch, name: &str, content: &[u8]) -> String {
     let raw = scratch.file("content", content);
     let image = arg(scratch, name);
     qemu::img(&[
@@ -466,113 +471,6 @@ fn wrong_use_is_explained_and_leaves_nothing() {
     refused(&scratch, &["mount", &image, &at], &["lock"]);
     input.write_all(b"quit\n").unwrap();
     holder.wait().unwrap();
-}
-
-/// A disk with three partitions whose content is noise, as its table's kind.
-fn partitioned(scratch: &Scratch, label: &str) -> (String, Vec<u8>) {
-    let mut content = noise(13, 24 << 20);
-    content[..1 << 20].fill(0);
-    let end = content.len();
-    content[end - (1 << 20)..].fill(0);
-    let raw = scratch.file("partitioned.raw", &content);
-    let table = match label {
-        "dos" => {
-            "label: dos\nstart=2048,size=8192,type=83\nstart=12288,size=4096,type=83\n\
-                  start=16384,size=28672,type=5\nstart=18432,size=4096,type=83\nstart=24576,size=2048,type=82\n"
-        }
-        _ => "label: gpt\nstart=2048,size=8192\nstart=12288,size=4096\nstart=18432,size=4096\n",
-    };
-    let mut sfdisk = Command::new(crate::support::prerequisites::find("sfdisk").unwrap())
-        .args([
-            "--quiet",
-            "--no-reread",
-            "--wipe=never",
-            "--wipe-partitions=never",
-        ])
-        .arg(&raw)
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    sfdisk
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(table.as_bytes())
-        .unwrap();
-    assert!(sfdisk.wait().unwrap().success());
-    let content = fs::read(&raw).unwrap();
-    fs::remove_file(raw).unwrap();
-    (qcow2_with(scratch, "partitioned.qcow2", &content), content)
-}
-
-#[test]
-fn one_partition_of_an_image() {
-    only_stord!();
-    needs!(root, "qemu-img", "sfdisk");
-    let at = |start: usize, sectors: usize| start * 512..(start + sectors) * 512;
-    for (label, parts) in [
-        (
-            "gpt",
-            vec![
-                (1, at(2048, 8192)),
-                (2, at(12288, 4096)),
-                (3, at(18432, 4096)),
-            ],
-        ),
-        (
-            "dos",
-            vec![
-                (1, at(2048, 8192)),
-                (2, at(12288, 4096)),
-                (5, at(18432, 4096)),
-                (6, at(24576, 2048)),
-            ],
-        ),
-    ] {
-        let scratch = Scratch::new();
-        let (image, mut content) = partitioned(&scratch, label);
-        for (number, range) in parts {
-            let number = number.to_string();
-            let (_daemon, ended) = mount(
-                &scratch,
-                &["--partition", &number, &image, &arg(&scratch, "m")],
-                "m",
-            );
-            assert!(
-                ended.stdout.contains(&format!("partition {number}")),
-                "{ended:?}"
-            );
-            assert_same(
-                &format!("{label} {number}"),
-                &fs::read(scratch.path("m")).unwrap(),
-                &content[range.clone()],
-            );
-            // A write lands in the partition, and nothing gets past its end.
-            let file = OpenOptions::new()
-                .write(true)
-                .open(scratch.path("m"))
-                .unwrap();
-            file.write_all_at(b"at the end", (range.len() - 10) as u64)
-                .unwrap();
-            assert!(file.write_at(b"past it", range.len() as u64).is_err());
-            content[range.end - 10..range.end].copy_from_slice(b"at the end");
-            drop(file);
-            umount(&scratch, &arg(&scratch, "m"));
-        }
-        refused(
-            &scratch,
-            &["mount", "--partition=9", &image, &arg(&scratch, "m")],
-            &["9"],
-        );
-        refused(
-            &scratch,
-            &["mount", "--partition=0", &image, &arg(&scratch, "m")],
-            &["0"],
-        );
-        let image = scratch.path("partitioned.qcow2");
-        assert_same(label, &qemu::content(&scratch, &image, "qcow2"), &content);
-        qemu::assert_clean(&image);
-    }
 }
 
 /// A user without privileges mounts, works and unmounts with the two commands alone.

@@ -7,4 +7,4 @@ mod export;
 mod fuse;
 mod registry;
 
-pub use registry::{ExportEvent, ExportRegistry};
+pub use registry::{DirectoryExport, DirectoryFile, ExportEvent, ExportRegistry};

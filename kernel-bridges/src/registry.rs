@@ -20,7 +20,13 @@ use stord_qmp::schema::export::{
 };
 
 use crate::export::{Ended, Export, Parts};
-use crate::fuse::{FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes};
+use crate::fuse::{
+    Contents, FileOptions, FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes,
+};
+
+mod directory;
+
+pub use directory::{DirectoryExport, DirectoryFile};
 
 /// So many contexts serve an export that names none.
 const DEFAULT_QUEUES: usize = 2;
@@ -93,31 +99,10 @@ impl ExportRegistry {
     /// # Errors
     /// The id or the mountpoint is taken, the node cannot be exported so, or the kernel refuses. Nothing is left then.
     pub async fn add(self: &Rc<Self>, options: BlockExportOptions) -> Result<(), Error> {
-        if !is_wellformed(&options.id) {
-            return Err(Error::generic("Invalid block export id"));
-        }
-        if self.find(&options.id).is_some() {
-            return Err(Error::generic(format!(
-                "Block export id '{}' is already in use",
-                options.id
-            )));
-        }
-        let node = self.graph.find(&options.node_name)?;
         let (kind, mountpoint) = match &options.kind {
             BlockExportKind::Fuse(fuse) => (BlockExportType::Fuse, Some(fuse.mountpoint.clone())),
         };
-        let (stage, _) = watch::channel(Stage::Starting);
-        let entry = Rc::new(Entry {
-            id: options.id.clone(),
-            kind,
-            node_name: node.name().to_owned(),
-            mountpoint,
-            shutting_down: Cell::new(false),
-            export: RefCell::new(None),
-            stage,
-        });
-        drop(node);
-        self.exports.borrow_mut().push(Rc::clone(&entry));
+        let entry = self.enter(&options.id, kind, &options.node_name, mountpoint)?;
         let started = self.start(&entry, &options).await;
         if started.is_err() {
             self.forget(&entry);
@@ -125,17 +110,49 @@ impl ExportRegistry {
         started
     }
 
+    /// Puts a new export into the list.
+    fn enter(
+        &self,
+        id: &str,
+        kind: BlockExportType,
+        node_name: &str,
+        mountpoint: Option<String>,
+    ) -> Result<Rc<Entry>, Error> {
+        if !is_wellformed(id) {
+            return Err(Error::generic("Invalid block export id"));
+        }
+        if self.find(id).is_some() {
+            return Err(Error::generic(format!(
+                "Block export id '{id}' is already in use"
+            )));
+        }
+        let node = self.graph.find(node_name)?;
+        let (stage, _) = watch::channel(Stage::Starting);
+        let entry = Rc::new(Entry {
+            id: id.to_owned(),
+            kind,
+            node_name: node.name().to_owned(),
+            mountpoint,
+            shutting_down: Cell::new(false),
+            export: RefCell::new(None),
+            stage,
+        });
+        self.exports.borrow_mut().push(Rc::clone(&entry));
+        Ok(entry)
+    }
+
     async fn start(
         self: &Rc<Self>,
         entry: &Rc<Entry>,
         options: &BlockExportOptions,
     ) -> Result<(), Error> {
-        let placement = self.place(options)?;
+        let placement = self.place(options.iothread.as_ref())?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
             BlockExportKind::Fuse(fuse) => writable && fuse.growable.unwrap_or(false),
         };
-        let backend = match self.attach(options, writable, growable).await {
+        let attached = self.attach(&options.node_name, &options.id, writable, growable);
+        let backend = match attached.await {
             Ok(backend) => backend,
             Err(error) => {
                 self.release(&placement);
@@ -153,7 +170,7 @@ impl ExportRegistry {
         };
         match started {
             Ok((export, ended)) => {
-                self.supervise(entry, export, ended, backend, placement);
+                self.supervise(entry, export, ended, vec![backend], placement);
                 Ok(())
             }
             Err(error) => {
@@ -170,28 +187,29 @@ impl ExportRegistry {
         options: &BlockExportOptionsFuse,
         parts: Parts,
     ) -> Result<(Rc<dyn Export>, Ended), Error> {
-        if self.mountpoint_is_taken(entry) {
-            return Err(Error::generic(format!(
-                "There already is a FUSE export on '{}'",
-                options.mountpoint
-            )));
-        }
-        let growable = options.growable.unwrap_or(false);
+        self.check_mountpoint_is_free(entry)?;
+        let path = check_mountpoint(&options.mountpoint, false).await?;
+        let growable = parts.writable && options.growable.unwrap_or(false);
         let options = FuseOptions {
-            path: check_mountpoint(&options.mountpoint).await?,
+            path,
             allow_other: options.allow_other.unwrap_or(FuseExportAllowOther::Auto),
-            growable: parts.writable && growable,
             io_uring: options.io_uring.unwrap_or(OnOffAuto::Auto),
-            resizes: (parts.writable && !growable)
-                .then(|| self.serve_resizes(entry, &parts.contexts)),
+            contents: Contents::File(FileOptions {
+                backend: parts.backend,
+                writable: parts.writable,
+                growable,
+                writethrough: parts.writethrough,
+                resizes: (parts.writable && !growable)
+                    .then(|| self.serve_resizes(entry, &parts.contexts)),
+            }),
         };
-        let (export, ended) = FuseExport::start(&options, &parts).await?;
+        let (export, ended) = FuseExport::start(&options, &parts.contexts).await?;
         Ok((Rc::new(export), ended))
     }
 
     /// Chooses the contexts of an export.
-    fn place(&self, options: &BlockExportOptions) -> Result<Placement, Error> {
-        let names: &[String] = match &options.iothread {
+    fn place(&self, iothread: Option<&BlockExportIothreads>) -> Result<Placement, Error> {
+        let names: &[String] = match iothread {
             None => {
                 let contexts = self.contexts.shared(DEFAULT_QUEUES).map_err(|error| {
                     Error::generic(format!("Could not start an I/O thread: {error}"))
@@ -234,11 +252,12 @@ impl ExportRegistry {
 
     async fn attach(
         &self,
-        options: &BlockExportOptions,
+        node_name: &str,
+        id: &str,
         writable: bool,
         growable: bool,
     ) -> Result<Backend, Error> {
-        let node = self.graph.find(&options.node_name)?;
+        let node = self.graph.find(node_name)?;
         if writable && node.is_read_only() {
             return Err(Error::generic("Cannot export read-only node as writable"));
         }
@@ -254,9 +273,7 @@ impl ExportRegistry {
             permissions,
             shared: Permissions::all(),
         };
-        self.graph
-            .attach(&options.node_name, &description(&options.id), claim)
-            .await
+        self.graph.attach(node_name, &description(id), claim).await
     }
 
     /// Changes the length of the export's node when its users ask for it, as long as the export lives.
@@ -284,7 +301,7 @@ impl ExportRegistry {
         entry: &Rc<Entry>,
         export: Rc<dyn Export>,
         ended: Ended,
-        backend: Backend,
+        backends: Vec<Backend>,
         placement: Placement,
     ) {
         *entry.export.borrow_mut() = Some(Rc::clone(&export));
@@ -296,7 +313,9 @@ impl ExportRegistry {
             export.finish().await;
             drop(entry.export.take());
             drop(export);
-            registry.graph.detach(backend).await;
+            for backend in backends {
+                registry.graph.detach(backend).await;
+            }
             registry.release(&placement);
             registry.forget(&entry);
             let id = entry.id.clone();
@@ -383,11 +402,18 @@ impl ExportRegistry {
         exports.iter().find(|entry| entry.id == id).cloned()
     }
 
-    fn mountpoint_is_taken(&self, by: &Rc<Entry>) -> bool {
+    /// Whether no other export is on the mountpoint, or going there.
+    fn check_mountpoint_is_free(&self, entry: &Rc<Entry>) -> Result<(), Error> {
         let exports = self.exports.borrow();
-        exports
+        let is_taken = exports
             .iter()
-            .any(|entry| !Rc::ptr_eq(entry, by) && entry.mountpoint == by.mountpoint)
+            .any(|other| !Rc::ptr_eq(other, entry) && other.mountpoint == entry.mountpoint);
+        match &entry.mountpoint {
+            Some(mountpoint) if is_taken => Err(Error::generic(format!(
+                "There already is a FUSE export on '{mountpoint}'"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn forget(&self, entry: &Rc<Entry>) {

@@ -1,4 +1,4 @@
-//! `stord mount`: shows an image as a raw file, for people. It is the daemon's own code under
+//! `stord mount`: shows an image as a raw file, or its partitions as files, for people. It is the daemon's own code under
 //! another command line: one image, one export, no monitor, and messages that say what to do.
 //!
 //! Order of start-up: look at the image, prepare the mountpoint, open, export, and only then say
@@ -21,10 +21,11 @@ use clap::Args;
 use stord_aio::{Errno, IoBuffer, IoVec};
 use stord_block::Permissions;
 use stord_block::graph::Claim;
+use stord_bridges::{DirectoryExport, DirectoryFile};
 use stord_qmp::Error;
 use stord_qmp::schema::block::{
     BlockdevDiscardOptions, BlockdevDriver, BlockdevOptions, BlockdevOptionsFile,
-    BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevRef,
+    BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevRef, OnOffAuto,
 };
 use stord_qmp::schema::export::{BlockExportKind, BlockExportOptions, BlockExportOptionsFuse};
 use stord_qmp::schema::node_info::ImageInfo;
@@ -35,15 +36,18 @@ use crate::notify;
 use crate::report::{self, Origin, reason};
 use guess::Format;
 use mountinfo::mount_at;
-use mountpoint::Mountpoint;
-use partition::{Disk, Partition};
+use mountpoint::{Kind, Mountpoint};
+use partition::{Disk, Partition, Table};
 use registry::{Entry, Registered, Registry};
 
 /// The node with the image's content.
 const IMAGE_NODE: &str = "image";
 
-/// The node with a partition of it.
-const PARTITION_NODE: &str = "partition";
+/// The node with a partition, before its number.
+const PARTITION_NODE: &str = "partition-";
+
+/// The file with the whole disk, where a directory shows partitions.
+const DISK_FILE: &str = "disk.raw";
 
 /// The export.
 const EXPORT: &str = "mount";
@@ -53,7 +57,8 @@ const EXPORT: &str = "mount";
 pub struct MountArgs {
     /// The disk image, a file or a block device
     image: PathBuf,
-    /// The file to show it as, created if missing [default: IMAGE.raw]
+    /// The file to show it as, or the directory with --partitions; created if missing [default:
+    /// IMAGE.raw, or IMAGE.parts]
     mountpoint: Option<PathBuf>,
     /// Do not let anybody write
     #[arg(short, long)]
@@ -64,6 +69,9 @@ pub struct MountArgs {
     /// Show only this partition of the image
     #[arg(short, long, value_name = "N")]
     partition: Option<u32>,
+    /// Show a directory with the whole disk (disk.raw) and each partition (p1, p2, ...)
+    #[arg(short = 'P', long, conflicts_with = "partition")]
+    partitions: bool,
     /// Open the image as this format instead of guessing it
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
@@ -120,17 +128,32 @@ async fn mount(
 ) -> Result<Registered, Error> {
     let opened = daemon.graph.blockdev_add(image.options(args)).await;
     opened.map_err(|error| advise_on_opening(error, image, args))?;
-    let mut node = IMAGE_NODE;
-    if let Some(number) = args.partition {
-        let partition = find_partition(daemon, number).await;
-        let partition =
-            partition.map_err(|error| error.context(format!("'{}'", args.image.display())))?;
-        let options = partition_options(partition, args);
-        daemon.graph.blockdev_add(options).await?;
-        node = PARTITION_NODE;
-    }
     let path = text_of(mountpoint.path())?;
-    daemon.exports.add(export_options(node, path, args)).await?;
+    let explain = |error: Error| error.context(format!("'{}'", args.image.display()));
+    if args.partitions {
+        let files = add_partitions(daemon, args).await.map_err(explain)?;
+        let options = DirectoryExport {
+            id: EXPORT.to_owned(),
+            mountpoint: path.to_owned(),
+            files,
+            writable: !args.read_only,
+            io_uring: OnOffAuto::Auto,
+        };
+        daemon.exports.add_directory(&options).await?;
+    } else {
+        let mut node = IMAGE_NODE.to_owned();
+        if let Some(number) = args.partition {
+            let partition = find_partitions(daemon).await;
+            let partition = partition.and_then(|table| table.partition(number));
+            let options = partition_options(partition.map_err(explain)?, args);
+            node = partition_node(number);
+            daemon.graph.blockdev_add(options).await?;
+        }
+        daemon
+            .exports
+            .add(export_options(&node, path, args))
+            .await?;
+    }
     let registered = registry.register(&Entry {
         pid: std::process::id(),
         image: image.path.clone(),
@@ -224,6 +247,29 @@ fn node(driver: BlockdevDriver, args: &MountArgs) -> BlockdevOptions {
     }
 }
 
+/// The node with a partition.
+fn partition_node(number: u32) -> String {
+    format!("{PARTITION_NODE}{number}")
+}
+
+/// Opens a node for each partition, and names the files of the directory that shows them.
+async fn add_partitions(daemon: &Daemon, args: &MountArgs) -> Result<Vec<DirectoryFile>, Error> {
+    let partitions = find_partitions(daemon).await?.0;
+    let mut files = vec![DirectoryFile {
+        name: DISK_FILE.to_owned(),
+        node_name: IMAGE_NODE.to_owned(),
+    }];
+    for partition in partitions.into_iter().filter(|found| !found.is_container) {
+        files.push(DirectoryFile {
+            name: format!("p{}", partition.number),
+            node_name: partition_node(partition.number),
+        });
+        let options = partition_options(partition, args);
+        daemon.graph.blockdev_add(options).await?;
+    }
+    Ok(files)
+}
+
 fn partition_options(partition: Partition, args: &MountArgs) -> BlockdevOptions {
     let raw = BlockdevOptionsRaw {
         // A partition lies inside an image, whose size is a signed number.
@@ -232,7 +278,7 @@ fn partition_options(partition: Partition, args: &MountArgs) -> BlockdevOptions 
         ..BlockdevOptionsRaw::new(BlockdevRef::Reference(IMAGE_NODE.to_owned()))
     };
     BlockdevOptions {
-        node_name: Some(PARTITION_NODE.to_owned()),
+        node_name: Some(partition_node(partition.number)),
         ..node(BlockdevDriver::Raw(raw), args)
     }
 }
@@ -256,11 +302,19 @@ fn prepare_mountpoint(
     registry: &Registry,
 ) -> Result<Mountpoint, Error> {
     text_of(&image.path)?;
+    let kind = if args.partitions {
+        Kind::Directory
+    } else {
+        Kind::File
+    };
     if let Some(path) = &args.mountpoint {
-        return Mountpoint::prepare(path, registry);
+        return Mountpoint::prepare(path, kind, registry);
     }
     let mut path = args.image.clone().into_os_string();
-    path.push(".raw");
+    path.push(match kind {
+        Kind::File => ".raw",
+        Kind::Directory => ".parts",
+    });
     let path = PathBuf::from(path);
     // A path that nobody has named must not hide anything.
     if fs::metadata(&path).is_ok_and(|found| found.is_file() && found.len() > 0) {
@@ -270,7 +324,7 @@ fn prepare_mountpoint(
                 .with_hint("Say where to mount: stord mount IMAGE MOUNTPOINT"),
         );
     }
-    Mountpoint::prepare(&path, registry)
+    Mountpoint::prepare(&path, kind, registry)
 }
 
 fn text_of(path: &Path) -> Result<&str, Error> {
@@ -296,7 +350,8 @@ fn advise_on_opening(error: Error, image: &Image, args: &MountArgs) -> Error {
     error
 }
 
-async fn find_partition(daemon: &Daemon, number: u32) -> Result<Partition, Error> {
+/// The partitions that the disk's content lists.
+async fn find_partitions(daemon: &Daemon) -> Result<Table, Error> {
     let claim = Claim {
         permissions: Permissions::CONSISTENT_READ,
         shared: Permissions::all(),
@@ -315,9 +370,9 @@ async fn find_partition(daemon: &Daemon, number: u32) -> Result<Partition, Error
             read.await.unwrap_or(Err(Errno::ECANCELED))
         },
     };
-    let partition = disk.partition(number).await;
+    let table = disk.table().await;
     daemon.graph.detach(backend).await;
-    partition
+    table
 }
 
 /// Says what is there now and how to get rid of it.
@@ -343,11 +398,22 @@ async fn announce(
     for line in info(IMAGE_NODE).into_iter().flat_map(other_files) {
         Origin::none().info(&format!("'{shown}' {line}"));
     }
-    let node = args.partition.map_or(IMAGE_NODE, |_| PARTITION_NODE);
-    let size = info(node).and_then(|info| u64::try_from(info.virtual_size).ok());
+    let node = args.partition.map(partition_node);
+    let size = info(node.as_deref().unwrap_or(IMAGE_NODE))
+        .and_then(|info| u64::try_from(info.virtual_size).ok());
     let mut details = image.format.name().to_owned();
     if let Some(number) = args.partition {
         details.push_str(&format!(", partition {number}"));
+    }
+    if args.partitions {
+        let count = nodes.iter().filter(|node| {
+            let name = node.node_name.as_deref();
+            name.is_some_and(|name| name.starts_with(PARTITION_NODE))
+        });
+        details.push_str(&match count.count() {
+            1 => ", 1 partition".to_owned(),
+            count => format!(", {count} partitions"),
+        });
     }
     if let Some(size) = size {
         details.push_str(&format!(", {}", size_text(size)));

@@ -1,9 +1,9 @@
-//! The regular file over which an image is mounted: made if it is missing, cleared of what a dead
-//! daemon left there, and removed afterwards if it was made.
+//! The file or directory over which an image is mounted: made if it is missing, cleared of what a
+//! dead daemon left there, and removed afterwards if it was made.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, DirBuilder, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -14,7 +14,16 @@ use super::registry::Registry;
 use super::unmount::{InUse, unmount};
 use crate::report::{Origin, reason};
 
-/// A file to mount over.
+/// What an image is mounted over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// An empty directory.
+    Directory,
+}
+
+/// A place to mount over.
 #[derive(Debug)]
 pub struct Mountpoint {
     path: PathBuf,
@@ -25,8 +34,8 @@ impl Mountpoint {
     /// Makes the path ready to be mounted over.
     ///
     /// # Errors
-    /// It is no regular file and cannot be made one, or something is mounted there.
-    pub fn prepare(path: &Path, registry: &Registry) -> Result<Self, Error> {
+    /// It is of another kind and cannot be made, or something is mounted there.
+    pub fn prepare(path: &Path, kind: Kind, registry: &Registry) -> Result<Self, Error> {
         let path = absolute(path);
         let shown = path.display();
         let cleaned = match mount_at(&path) {
@@ -53,27 +62,18 @@ impl Mountpoint {
             Error::generic(format!("cannot mount at '{shown}': {reason}")).with_source(error)
         };
         match fs::metadata(&path) {
-            Ok(found) if found.is_file() => Ok(Self {
-                path,
-                created: cleaned,
-            }),
             Ok(found) => {
-                let kind = if found.is_dir() {
-                    "a directory"
-                } else {
-                    "no regular file"
-                };
-                Err(
-                    Error::generic(format!("cannot mount at '{shown}': it is {kind}")).with_hint(
-                        "Images are mounted over files. Give the path of a file; it is created \
-                         if it does not exist.",
-                    ),
-                )
+                if let Some(mistake) = kind.mistake(&path, &found).map_err(failed)? {
+                    let error = Error::generic(format!("cannot mount at '{shown}': {mistake}"));
+                    return Err(error.with_hint(kind.advice()));
+                }
+                Ok(Self {
+                    path,
+                    created: cleaned,
+                })
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let mut mode = OpenOptions::new();
-                mode.write(true).create_new(true).mode(0o600);
-                mode.open(&path).map_err(failed)?;
+                kind.create(&path).map_err(failed)?;
                 Ok(Self {
                     path,
                     created: true,
@@ -94,6 +94,45 @@ impl Mountpoint {
     }
 }
 
+impl Kind {
+    /// What is wrong with mounting over what is there.
+    fn mistake(self, path: &Path, found: &Metadata) -> io::Result<Option<&'static str>> {
+        Ok(match self {
+            Self::File if found.is_file() => None,
+            Self::File if found.is_dir() => Some("it is a directory"),
+            Self::File => Some("it is no regular file"),
+            Self::Directory if !found.is_dir() => Some("it is no directory"),
+            Self::Directory if fs::read_dir(path)?.next().is_some() => {
+                Some("the directory is not empty")
+            }
+            Self::Directory => None,
+        })
+    }
+
+    fn advice(self) -> &'static str {
+        match self {
+            Self::File => {
+                "Images are mounted over files. Give the path of a file; it is created if it does \
+                 not exist. With --partitions, an image is mounted over a directory."
+            }
+            Self::Directory => {
+                "Give the path of an empty directory; it is created if it does not exist."
+            }
+        }
+    }
+
+    fn create(self, path: &Path) -> io::Result<()> {
+        match self {
+            Self::File => {
+                let mut mode = OpenOptions::new();
+                mode.write(true).create_new(true).mode(0o600);
+                mode.open(path).map(drop)
+            }
+            Self::Directory => DirBuilder::new().mode(0o700).create(path),
+        }
+    }
+}
+
 impl Drop for Mountpoint {
     fn drop(&mut self) {
         if self.created {
@@ -104,8 +143,16 @@ impl Drop for Mountpoint {
 
 /// Removes a mountpoint that was made for a mount, unless it has got another purpose.
 pub fn remove_created(path: &Path) {
-    let is_ours = fs::symlink_metadata(path).is_ok_and(|found| found.is_file() && found.len() == 0);
-    if is_ours && mount_at(path).is_none() {
+    let Ok(found) = fs::symlink_metadata(path) else {
+        return;
+    };
+    if mount_at(path).is_some() {
+        return;
+    }
+    if found.is_dir() {
+        // It stays if there is something in it.
+        let _ = fs::remove_dir(path);
+    } else if found.is_file() && found.len() == 0 {
         let _ = fs::remove_file(path);
     }
 }
@@ -159,7 +206,7 @@ mod tests {
     use super::*;
 
     fn prepare(path: &Path) -> Result<Mountpoint, String> {
-        Mountpoint::prepare(path, &Registry::of_user()).map_err(|error| error.message)
+        Mountpoint::prepare(path, Kind::File, &Registry::of_user()).map_err(|error| error.message)
     }
 
     #[test]
@@ -188,6 +235,24 @@ mod tests {
         let mountpoint = prepare(&path).expect("it can be made");
         fs::write(&path, "precious").expect("writable");
         drop(mountpoint);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn directory_must_be_empty_and_is_removed_if_it_was_made() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk");
+        let prepare = || {
+            Mountpoint::prepare(&path, Kind::Directory, &Registry::of_user())
+                .map_err(|error| error.message)
+        };
+        let mountpoint = prepare().expect("it can be made");
+        assert!(path.is_dir());
+        drop(mountpoint);
+        assert!(!path.exists());
+        fs::create_dir(&path).expect("writable");
+        fs::write(path.join("file"), "").expect("writable");
+        assert!(prepare().is_err_and(|message| message.ends_with("the directory is not empty")));
         assert!(path.exists());
     }
 

@@ -25,6 +25,13 @@ pub(super) mod opcode {
     pub(crate) const FORGET: u32 = 2;
     pub(crate) const GETATTR: u32 = 3;
     pub(crate) const SETATTR: u32 = 4;
+    pub(crate) const SYMLINK: u32 = 6;
+    pub(crate) const MKNOD: u32 = 8;
+    pub(crate) const MKDIR: u32 = 9;
+    pub(crate) const UNLINK: u32 = 10;
+    pub(crate) const RMDIR: u32 = 11;
+    pub(crate) const RENAME: u32 = 12;
+    pub(crate) const LINK: u32 = 13;
     pub(crate) const OPEN: u32 = 14;
     pub(crate) const READ: u32 = 15;
     pub(crate) const WRITE: u32 = 16;
@@ -33,10 +40,21 @@ pub(super) mod opcode {
     pub(crate) const FSYNC: u32 = 20;
     pub(crate) const FLUSH: u32 = 25;
     pub(crate) const INIT: u32 = 26;
+    pub(crate) const OPENDIR: u32 = 27;
+    pub(crate) const READDIR: u32 = 28;
+    pub(crate) const RELEASEDIR: u32 = 29;
+    pub(crate) const FSYNCDIR: u32 = 30;
+    pub(crate) const CREATE: u32 = 35;
     pub(crate) const DESTROY: u32 = 38;
+    pub(crate) const IOCTL: u32 = 39;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const FALLOCATE: u32 = 43;
+    pub(crate) const RENAME2: u32 = 45;
     pub(crate) const LSEEK: u32 = 46;
+    pub(crate) const COPY_FILE_RANGE: u32 = 47;
+    pub(crate) const TMPFILE: u32 = 51;
+    /// Linux 6.18: the same with room for all of the answer.
+    pub(crate) const COPY_FILE_RANGE_64: u32 = 53;
 }
 
 /// A message to the kernel that no request asked for; goes into [`OutHeader::error`].
@@ -183,6 +201,25 @@ wire! {
         attr: Attr,
     }
 
+    /// The reply of LOOKUP.
+    struct EntryOut[128] {
+        nodeid: u64,
+        generation: u64,
+        entry_valid: u64,
+        attr_valid: u64,
+        entry_valid_nsec: u32,
+        attr_valid_nsec: u32,
+        attr: Attr,
+    }
+
+    /// In front of each name in the reply of READDIR; `off` is where the next entry is.
+    struct Dirent[24] {
+        ino: u64,
+        off: u64,
+        namelen: u32,
+        r#type: u32,
+    }
+
     struct SetattrIn[88] {
         valid: u32,
         padding: u32,
@@ -250,6 +287,48 @@ wire! {
 
     struct LseekOut[8] {
         offset: u64,
+    }
+
+    struct CopyFileRangeIn[56] {
+        fh_in: u64,
+        off_in: u64,
+        nodeid_out: u64,
+        fh_out: u64,
+        off_out: u64,
+        len: u64,
+        flags: u64,
+    }
+
+    struct CopyFileRangeOut[8] {
+        bytes_copied: u64,
+    }
+
+    struct IoctlIn[32] {
+        fh: u64,
+        flags: u32,
+        cmd: u32,
+        arg: u64,
+        in_size: u32,
+        out_size: u32,
+    }
+
+    struct IoctlOut[16] {
+        result: i32,
+        flags: u32,
+        in_iovs: u32,
+        out_iovs: u32,
+    }
+
+    /// The reply of an IOCTL that gives a number of 64 bits.
+    struct IoctlOutSize[24] {
+        out: IoctlOut,
+        value: u64,
+    }
+
+    /// The reply of an IOCTL that gives a number of 32 bits.
+    struct IoctlOutNumber[20] {
+        out: IoctlOut,
+        value: u32,
     }
 
     struct StatfsOut[80] {

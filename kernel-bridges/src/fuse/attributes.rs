@@ -1,4 +1,4 @@
-//! The attributes of the exported file: who owns it, who may use it, and when it changed.
+//! The attributes of an exported file or directory: who owns it, who may use it, and when it changed.
 //!
 //! They live as long as the export. The kernel enforces them (`default_permissions`); what may be set is decided here: without
 //! `allow_other` only the daemon's user can reach the file, so that a mode or an owner promising more is refused, and a read-only
@@ -11,21 +11,25 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{getgid, getuid};
 use stord_aio::Errno;
 
-use super::abi::{Attr, ROOT_ID, SetattrIn, SetattrValid};
+use super::abi::{Attr, SetattrIn, SetattrValid};
 use super::request::Setattr;
 
 const S_IFREG: u32 = 0o100_000;
+const S_IFDIR: u32 = 0o040_000;
 const PERMISSION_BITS: u32 = 0o7777;
 const WRITE_BITS: u32 = 0o222;
 const GROUP_AND_OTHERS: u32 = 0o077;
 const OWNER_READS: u32 = 0o400;
 const OWNER_WRITES: u32 = 0o200;
+const OWNER_SEARCHES: u32 = 0o100;
 /// Unit of `Attr::blocks`, in bytes.
 const BLOCK: u64 = 512;
 const NANOSECONDS: u64 = 1_000_000_000;
 
 /// The attributes that are not the image's.
 pub(super) struct Attributes {
+    /// The type bits of the mode.
+    kind: u32,
     writable: bool,
     allow_other: bool,
     state: Mutex<State>,
@@ -43,15 +47,25 @@ struct State {
 }
 
 impl Attributes {
-    /// The attributes of a new export: the daemon's user owns it, and nobody else may use it.
-    pub(super) fn new(writable: bool, allow_other: bool) -> Self {
-        let now = now();
+    /// The attributes of a new file: the daemon's user owns it, and nobody else may use it.
+    pub(super) fn of_file(writable: bool, allow_other: bool) -> Self {
         let writes = if writable { OWNER_WRITES } else { 0 };
+        Self::new(S_IFREG, OWNER_READS | writes, writable, allow_other)
+    }
+
+    /// The attributes of a directory that nobody can change.
+    pub(super) fn of_directory(allow_other: bool) -> Self {
+        Self::new(S_IFDIR, OWNER_READS | OWNER_SEARCHES, false, allow_other)
+    }
+
+    fn new(kind: u32, permissions: u32, writable: bool, allow_other: bool) -> Self {
+        let now = now();
         Self {
+            kind,
             writable,
             allow_other,
             state: Mutex::new(State {
-                mode: S_IFREG | OWNER_READS | writes,
+                mode: kind | permissions,
                 uid: getuid().as_raw(),
                 gid: getgid().as_raw(),
                 accessed: now,
@@ -66,14 +80,14 @@ impl Attributes {
         self.modified.store(now(), Ordering::Relaxed);
     }
 
-    /// The attributes on the wire. `size` and `allocated` are the image's, in bytes.
-    pub(super) fn to_wire(&self, size: u64, allocated: u64, block_size: u32) -> Attr {
+    /// The attributes of `node` on the wire. `size` and `allocated` are the image's, in bytes.
+    pub(super) fn to_wire(&self, node: u64, size: u64, allocated: u64, block_size: u32) -> Attr {
         let modified = self.modified.load(Ordering::Relaxed);
         let state = self.lock();
         // A change of the content is one of the attributes too.
         let changed = state.changed.max(modified);
         Attr {
-            ino: ROOT_ID,
+            ino: node,
             size,
             blocks: allocated.div_ceil(BLOCK),
             atime: state.accessed / NANOSECONDS,
@@ -83,7 +97,7 @@ impl Attributes {
             ctime: changed / NANOSECONDS,
             ctimensec: fraction(changed),
             mode: state.mode,
-            nlink: 1,
+            nlink: if self.kind == S_IFDIR { 2 } else { 1 },
             uid: state.uid,
             gid: state.gid,
             rdev: 0,
@@ -117,7 +131,7 @@ impl Attributes {
         let (valid, values) = (change.valid, &change.values);
         let mut state = self.lock();
         if valid.contains(SetattrValid::MODE) {
-            state.mode = S_IFREG | (values.mode & PERMISSION_BITS);
+            state.mode = self.kind | (values.mode & PERMISSION_BITS);
         }
         if valid.contains(SetattrValid::UID) {
             state.uid = values.uid;
@@ -200,17 +214,21 @@ mod tests {
 
     #[test]
     fn a_new_file_is_for_its_owner_only() {
-        let mode = |writable| Attributes::new(writable, true).to_wire(0, 0, 4096).mode;
+        let mode = |writable| {
+            Attributes::of_file(writable, true)
+                .to_wire(1, 0, 0, 4096)
+                .mode
+        };
         assert_eq!(mode(false), 0o100_400);
         assert_eq!(mode(true), 0o100_600);
     }
 
     #[test]
     fn modes_that_promise_too_much_are_refused() {
-        let private = Attributes::new(true, false);
+        let private = Attributes::of_file(true, false);
         assert_eq!(private.check(&chmod(0o640)), Err(Errno::EPERM));
         assert_eq!(private.check(&chmod(0o4700)), Ok(()));
-        let read_only = Attributes::new(false, true);
+        let read_only = Attributes::of_file(false, true);
         assert_eq!(read_only.check(&chmod(0o600)), Err(Errno::EROFS));
         assert_eq!(read_only.check(&chmod(0o444)), Ok(()));
     }
@@ -224,17 +242,17 @@ mod tests {
                 ..SetattrIn::default()
             },
         );
-        let private = Attributes::new(true, false);
+        let private = Attributes::of_file(true, false);
         assert_eq!(private.check(&chown), Err(Errno::EOPNOTSUPP));
-        let open = Attributes::new(true, true);
+        let open = Attributes::of_file(true, true);
         assert_eq!(open.check(&chown), Ok(()));
         open.change(&chown);
-        assert_eq!(open.to_wire(0, 0, 4096).uid, 77);
+        assert_eq!(open.to_wire(1, 0, 0, 4096).uid, 77);
     }
 
     #[test]
     fn times_can_be_set_and_a_write_moves_them_on() {
-        let attributes = Attributes::new(true, true);
+        let attributes = Attributes::of_file(true, true);
         attributes.change(&setattr(
             SetattrValid::MTIME,
             SetattrIn {
@@ -243,15 +261,15 @@ mod tests {
                 ..SetattrIn::default()
             },
         ));
-        let wire = attributes.to_wire(0, 0, 4096);
+        let wire = attributes.to_wire(1, 0, 0, 4096);
         assert_eq!((wire.mtime, wire.mtimensec), (5, 7));
         attributes.touch();
-        assert!(attributes.to_wire(0, 0, 4096).mtime > 5);
+        assert!(attributes.to_wire(1, 0, 0, 4096).mtime > 5);
     }
 
     #[test]
     fn blocks_are_what_is_allocated() {
-        let wire = Attributes::new(true, true).to_wire(1 << 30, 4097, 4096);
+        let wire = Attributes::of_file(true, true).to_wire(1, 1 << 30, 4097, 4096);
         assert_eq!((wire.size, wire.blocks), (1 << 30, 9));
     }
 }

@@ -28,9 +28,7 @@ use stord_aio::sync::Notify;
 use stord_aio::{Context, Errno, IoVec, PolledFd, join_all, spawn_local, yield_now};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use super::abi::{
-    InHeader, MAX_ARGUMENTS, NOTIFY_INVAL_INODE, NotifyInvalInodeOut, OutHeader, ROOT_ID,
-};
+use super::abi::{InHeader, MAX_ARGUMENTS, NOTIFY_INVAL_INODE, NotifyInvalInodeOut, OutHeader};
 use super::buffers::{BEFORE_PAYLOAD, Buffers, RequestBuffer};
 use super::idle::IdleWatch;
 use super::request::{Reply, Request};
@@ -73,6 +71,7 @@ struct Queue {
 struct Incoming {
     buffer: RequestBuffer,
     unique: u64,
+    node: u64,
     request: Request,
 }
 
@@ -171,6 +170,7 @@ impl Incoming {
         Self {
             buffer,
             unique: header.unique,
+            node: header.nodeid,
             request,
         }
     }
@@ -187,8 +187,10 @@ impl Queue {
             if self.session.is_stopping() {
                 return;
             }
-            if !is_helper && self.session.take_stale() {
-                self.invalidate_attributes();
+            if !is_helper {
+                for node in self.session.take_stale() {
+                    self.invalidate_attributes(node);
+                }
             }
             if self.session.is_held() || self.session.is_resting(self.index) {
                 self.session.notice(self.index).notified().await;
@@ -387,10 +389,11 @@ impl Queue {
         let Incoming {
             buffer,
             unique,
+            node,
             request,
         } = incoming;
         let file_system = &self.session.file_system;
-        if let Some(reply) = file_system.try_handle(&request, buffer.payload()) {
+        if let Some(reply) = file_system.try_handle(node, &request, buffer.payload()) {
             return self.prepare(buffer, unique, &reply);
         }
         let memory = request.payload() as usize + REQUEST_OVERHEAD;
@@ -399,7 +402,8 @@ impl Queue {
         let queue = Rc::clone(self);
         spawn_local(async move {
             let payload = buffer.payload().clone();
-            let reply = queue.session.file_system.handle(request, payload).await;
+            let file_system = &queue.session.file_system;
+            let reply = file_system.handle(node, request, payload).await;
             if let Some(answer) = queue.prepare(buffer, unique, &reply) {
                 queue.send(answer);
             }
@@ -462,9 +466,9 @@ impl Queue {
     }
 
     /// Tells the kernel to ask for the attributes when it needs them next.
-    fn invalidate_attributes(&self) {
+    fn invalidate_attributes(&self, node: u64) {
         let notice = NotifyInvalInodeOut {
-            ino: ROOT_ID,
+            ino: node,
             off: -1,
             len: 0,
         };

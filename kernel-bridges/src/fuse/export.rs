@@ -5,23 +5,26 @@
 //! goes. An unmount by somebody else ends the queues, and the rest follows.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use stord_aio::sync::mpsc;
 use stord_aio::{Context, pool};
+use stord_block::Backend;
 use stord_block::drivers::protocol::file::own_mounts;
 use stord_qmp::Error;
 use stord_qmp::schema::block::OnOffAuto;
 use stord_qmp::schema::export::FuseExportAllowOther;
 
-use crate::export::{Ended, Export, LocalFuture, Parts};
+use crate::export::{Ended, Export, LocalFuture};
 
-use super::abi::InitFlags;
+use super::abi::{InitFlags, ROOT_ID};
 use super::buffers::MAX_PAYLOAD;
-use super::file_system::{FileSystem, Presentation};
+use super::directory::Directory;
+use super::disk_file::{DiskFile, Presentation};
+use super::file_system::FileSystem;
 use super::init::Proposal;
 use super::mount::{Mount, MountError, Mounted, Options};
 use super::queues::{clone_devices, serve_classic, serve_io_uring};
@@ -36,14 +39,62 @@ const TRANSPORT: &str = "STORD_FUSE_TRANSPORT";
 
 /// What a FUSE export is to be.
 pub(crate) struct FuseOptions {
-    /// The regular file to mount over; see [`check_mountpoint`].
+    /// What to mount over; see [`check_mountpoint`].
     pub(crate) path: PathBuf,
     pub(crate) allow_other: FuseExportAllowOther,
-    pub(crate) growable: bool,
     /// Whether requests come through io_uring.
     pub(crate) io_uring: OnOffAuto,
+    pub(crate) contents: Contents,
+}
+
+/// What a file system shows.
+pub(crate) enum Contents {
+    /// One file.
+    File(FileOptions),
+    /// A directory of files with these names.
+    Directory(Vec<(String, FileOptions)>),
+}
+
+/// One file and what may be done to it.
+pub(crate) struct FileOptions {
+    pub(crate) backend: Backend,
+    pub(crate) writable: bool,
+    pub(crate) growable: bool,
+    pub(crate) writethrough: bool,
     /// Who changes the image's length where the backend may not.
     pub(crate) resizes: Option<mpsc::UnboundedSender<ResizeRequest>>,
+}
+
+impl Contents {
+    fn is_directory(&self) -> bool {
+        matches!(self, Self::Directory(_))
+    }
+
+    fn file_system(&self, allow_other: bool) -> FileSystem {
+        match self {
+            Self::File(file) => FileSystem::of_file(file.disk_file(ROOT_ID, allow_other)),
+            Self::Directory(entries) => {
+                let names = entries.iter().map(|(name, _)| name.clone()).collect();
+                let files = (Directory::FIRST_FILE..).zip(entries);
+                let files = files.map(|(node, (_, file))| file.disk_file(node, allow_other));
+                FileSystem::of_directory(Directory::new(names, allow_other), files.collect())
+            }
+        }
+    }
+}
+
+impl FileOptions {
+    fn disk_file(&self, node: u64, allow_other: bool) -> DiskFile {
+        let presentation = Presentation {
+            writable: self.writable,
+            growable: self.growable,
+            writethrough: self.writethrough,
+            allow_other,
+        };
+        let resizes = self.resizes.clone();
+        let resizer = resizes.map_or(Resizer::Own, Resizer::Control);
+        DiskFile::new(node, self.backend.clone(), presentation, resizer)
+    }
 }
 
 /// A mounted FUSE export.
@@ -61,22 +112,32 @@ enum Failure {
     Other(Error),
 }
 
-/// Looks whether a mountpoint can be one, and gives its absolute path.
+/// Looks whether a mountpoint can be one, of one file or of a directory, and gives its absolute path.
 ///
 /// # Errors
-/// It does not exist, or is no regular file.
-pub(crate) async fn check_mountpoint(mountpoint: &str) -> Result<PathBuf, Error> {
+/// It does not exist, or is of the other kind.
+pub(crate) async fn check_mountpoint(mountpoint: &str, directory: bool) -> Result<PathBuf, Error> {
     let path = mountpoint.to_owned();
     let looked = pool::run(move || {
-        let is_file = std::fs::metadata(&path)?.is_file();
-        Ok::<_, io::Error>((is_file, std::fs::canonicalize(&path)?))
+        let found = std::fs::metadata(&path)?;
+        let is_fit = if directory {
+            found.is_dir()
+        } else {
+            found.is_file()
+        };
+        Ok::<_, io::Error>((is_fit, std::fs::canonicalize(&path)?))
     })
     .await;
     match looked {
         Ok((true, path)) => Ok(path),
-        Ok((false, _)) => Err(Error::generic(format!(
-            "'{mountpoint}' is not a regular file"
-        ))),
+        Ok((false, _)) => {
+            let wanted = if directory {
+                "directory"
+            } else {
+                "regular file"
+            };
+            Err(Error::generic(format!("'{mountpoint}' is not a {wanted}")))
+        }
         Err(error) => Err(cannot_stat(mountpoint, &error)),
     }
 }
@@ -94,16 +155,16 @@ fn cannot_stat(mountpoint: &str, error: &io::Error) -> Error {
 }
 
 impl FuseExport {
-    /// Mounts the backend and serves it on the contexts. The second result resolves when all queues have ended, for whatever reason;
+    /// Mounts the file system and serves it on the contexts. The second result resolves when all queues have ended, for whatever reason;
     /// [`finish`](Self::finish) has to follow.
     ///
     /// # Errors
     /// It cannot be mounted, or not with io_uring where that is demanded.
     pub(crate) async fn start(
         options: &FuseOptions,
-        parts: &Parts,
+        contexts: &[Context],
     ) -> Result<(Self, Ended), Error> {
-        let has_rings = parts.contexts.iter().all(Context::uses_ring);
+        let has_rings = contexts.iter().all(Context::uses_ring);
         if options.io_uring == OnOffAuto::On && !has_rings {
             return Err(no_io_uring());
         }
@@ -113,7 +174,7 @@ impl FuseExport {
             OnOffAuto::Auto => std::env::var_os(TRANSPORT).is_none_or(|name| name != "classic"),
         };
         if is_wanted && has_rings {
-            match Self::start_with(options, true, parts).await {
+            match Self::start_with(options, true, contexts).await {
                 Ok(started) => return Ok(started),
                 Err(Failure::Other(error)) => return Err(error),
                 Err(Failure::Ring(errno)) if options.io_uring == OnOffAuto::On => {
@@ -124,7 +185,7 @@ impl FuseExport {
                 }
             }
         }
-        match Self::start_with(options, false, parts).await {
+        match Self::start_with(options, false, contexts).await {
             Ok(started) => Ok(started),
             Err(Failure::Other(error)) => Err(error),
             Err(Failure::Ring(_)) => unreachable!("io_uring was not asked for"),
@@ -134,9 +195,9 @@ impl FuseExport {
     async fn start_with(
         options: &FuseOptions,
         io_uring: bool,
-        parts: &Parts,
+        contexts: &[Context],
     ) -> Result<(Self, Ended), Failure> {
-        let mounted = set_up(&options.path, options.allow_other, io_uring).await;
+        let mounted = set_up(options, io_uring).await;
         let (mounted, allow_other) = mounted.map_err(Failure::Other)?;
         let Mounted {
             device,
@@ -146,24 +207,16 @@ impl FuseExport {
         } = mounted;
         tracing::debug!(path = %options.path.display(), ?flags, allow_other, "FUSE connection");
         let io_uring = flags.contains(InitFlags::OVER_IO_URING);
-        let presentation = Presentation {
-            writable: parts.writable,
-            growable: options.growable,
-            writethrough: parts.writethrough,
-            allow_other,
-        };
-        let resizes = options.resizes.clone();
-        let resizer = resizes.map_or(Resizer::Own, Resizer::Control);
-        let file_system = FileSystem::new(parts.backend.clone(), presentation, resizer);
+        let file_system = options.contents.file_system(allow_other);
         own_mounts::add(mount.device_number());
         let (served, session, ended) = if io_uring {
             let session = Session::new(file_system, 1);
-            let (served, ended) = serve_io_uring(device, &parts.contexts, &session).await;
+            let (served, ended) = serve_io_uring(device, contexts, &session).await;
             (served.map_err(Failure::Ring), session, ended)
         } else {
-            let devices = clone_devices(device, &parts.contexts);
+            let devices = clone_devices(device, contexts);
             let session = Session::new(file_system, devices.len());
-            let ended = serve_classic(devices, &parts.contexts, &session);
+            let ended = serve_classic(devices, contexts, &session);
             (Ok(()), session, ended)
         };
         let export = Self {
@@ -227,19 +280,16 @@ impl Export for FuseExport {
 }
 
 /// Mounts, the second result being whether other users are let in.
-async fn set_up(
-    path: &Path,
-    allow_other: FuseExportAllowOther,
-    io_uring: bool,
-) -> Result<(Mounted, bool), Error> {
+async fn set_up(options: &FuseOptions, io_uring: bool) -> Result<(Mounted, bool), Error> {
     let proposal = Proposal {
         max_transfer: u32::try_from(MAX_PAYLOAD).expect("1 MiB"),
         io_uring,
     };
     let try_with = |allow_other| {
-        let path = path.to_owned();
+        let path = options.path.clone();
         let options = Options {
             allow_other,
+            directory: options.contents.is_directory(),
             proposal,
         };
         async move {
@@ -247,7 +297,7 @@ async fn set_up(
             mounted.map(|mounted| (mounted, allow_other))
         }
     };
-    let mounted = match allow_other {
+    let mounted = match options.allow_other {
         FuseExportAllowOther::On => try_with(true).await,
         FuseExportAllowOther::Off => try_with(false).await,
         FuseExportAllowOther::Auto => match try_with(true).await {

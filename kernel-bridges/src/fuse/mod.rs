@@ -6,13 +6,18 @@
 //!   session      what the queues share
 //!     classic      a queue: fetch, answer at once or as a task, reply   (buffers: memory for requests, waiting)
 //!       request      what is asked, without its transport               (abi: the wire format)
-//!       file_system  what is answered                                   (attributes, space, resize)
+//!       file_system  what is answered: which file is meant              (directory, copy)
+//!         disk_file    what a file answers                              (attributes, space, control, resize)
 //! ```
 
 mod abi;
 mod attributes;
 mod buffers;
 mod classic;
+mod control;
+mod copy;
+mod directory;
+mod disk_file;
 mod export;
 mod file_system;
 mod idle;
@@ -30,5 +35,5 @@ mod tests;
 mod uring;
 mod waiting;
 
-pub(crate) use export::{FuseExport, FuseOptions, check_mountpoint};
+pub(crate) use export::{Contents, FileOptions, FuseExport, FuseOptions, check_mountpoint};
 pub(crate) use resize::{ResizeRequest, serve_resizes};

@@ -1,4 +1,4 @@
-//! Mounting: a file system over an existing regular file, whose INIT request is answered before anybody can wait for it.
+//! Mounting: a file system over an existing regular file or directory, whose INIT request is answered before anybody can wait for it.
 //!
 //! With the privilege, the file system is set up unattached (Linux 5.2), its INIT answered, its queues started, and only then does it
 //! appear at the path, usable at once. Elsewhere a thread is reading from the device when mount(2) is called; and where mounting is
@@ -40,6 +40,8 @@ const INIT_RETRY: Duration = Duration::from_micros(200);
 pub(super) struct Options {
     /// Let other users than ours in; the mode of the file decides what they may do.
     pub(super) allow_other: bool,
+    /// The root is a directory, not a regular file.
+    pub(super) directory: bool,
     pub(super) proposal: Proposal,
 }
 
@@ -376,8 +378,11 @@ fn finish(
 fn values(device: BorrowedFd<'_>, options: Options) -> [(&'static str, String); 5] {
     [
         ("fd", device.as_raw_fd().to_string()),
-        // A regular file, in octal.
-        ("rootmode", "100000".to_owned()),
+        // A directory or a regular file, in octal.
+        (
+            "rootmode",
+            if options.directory { "40000" } else { "100000" }.to_owned(),
+        ),
         ("user_id", geteuid().to_string()),
         ("group_id", getegid().to_string()),
         ("max_read", options.proposal.max_transfer.to_string()),

@@ -6,8 +6,12 @@ use stord_aio::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::abi::{
-    FallocateIn, LseekIn, MAX_ARGUMENTS, ReadIn, SetattrIn, SetattrValid, WriteIn, opcode,
+    CopyFileRangeIn, FallocateIn, IoctlIn, LseekIn, MAX_ARGUMENTS, ReadIn, SetattrIn, SetattrValid,
+    WriteIn, opcode,
 };
+
+/// No file of ours has a longer name than this many bytes.
+pub(super) const MAX_NAME: usize = 63;
 
 /// A request, with its numbers as the kernel sent them: nothing here has been checked.
 #[derive(Clone, Copy, Debug)]
@@ -41,8 +45,23 @@ pub(super) enum Request {
         /// As in lseek(2).
         whence: u32,
     },
+    /// Bytes of this file for another, or another place in it.
+    CopyFileRange(CopyFileRange),
+    Ioctl {
+        command: u32,
+    },
     Statfs,
-    Lookup,
+    /// `None` for a name that is too long for any file of ours.
+    Lookup(Option<Name>),
+    Opendir,
+    Readdir {
+        /// Entries seen already.
+        offset: u64,
+        /// The longest reply, in bytes.
+        size: u32,
+    },
+    /// An entry of a directory is to be made, removed or renamed.
+    ChangeDirectory,
     /// Nothing to do, and nobody waits for a reply.
     Forget,
     /// Shorter than it says.
@@ -58,6 +77,41 @@ pub(super) struct Setattr {
     /// Bits in `valid` that mean something to newer kernels only.
     pub(super) unknown: u32,
     pub(super) values: SetattrIn,
+}
+
+/// A range of one file that is to be copied to another.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CopyFileRange {
+    pub(super) from: u64,
+    /// The node of the file to copy to.
+    pub(super) target: u64,
+    pub(super) to: u64,
+    /// In bytes.
+    pub(super) length: u64,
+    /// The reply has 64 bits.
+    pub(super) wide: bool,
+}
+
+/// The name of a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Name {
+    len: usize,
+    bytes: [u8; MAX_NAME],
+}
+
+impl Name {
+    /// Reads a name that ends with a zero byte.
+    fn parse(arguments: &[u8; MAX_ARGUMENTS]) -> Option<Self> {
+        let len = arguments.iter().position(|byte| *byte == 0)?;
+        let name = arguments.get(..len)?;
+        let mut bytes = [0; MAX_NAME];
+        bytes.get_mut(..len)?.copy_from_slice(name);
+        Some(Self { len, bytes })
+    }
+
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
 }
 
 impl Request {
@@ -89,9 +143,9 @@ impl Request {
                 })
             }
             opcode::OPEN => Self::Open,
-            opcode::RELEASE | opcode::DESTROY => Self::Release,
+            opcode::RELEASE | opcode::RELEASEDIR | opcode::DESTROY => Self::Release,
             opcode::FLUSH => Self::Flush,
-            opcode::FSYNC => Self::Fsync,
+            opcode::FSYNC | opcode::FSYNCDIR => Self::Fsync,
             opcode::FALLOCATE => {
                 let fallocate: FallocateIn = front(arguments);
                 Self::Fallocate {
@@ -108,7 +162,39 @@ impl Request {
                 }
             }
             opcode::STATFS => Self::Statfs,
-            opcode::LOOKUP => Self::Lookup,
+            opcode::COPY_FILE_RANGE | opcode::COPY_FILE_RANGE_64 => {
+                let copy: CopyFileRangeIn = front(arguments);
+                Self::CopyFileRange(CopyFileRange {
+                    from: copy.off_in,
+                    target: copy.nodeid_out,
+                    to: copy.off_out,
+                    length: copy.len,
+                    wide: code == opcode::COPY_FILE_RANGE_64,
+                })
+            }
+            opcode::IOCTL => {
+                let ioctl: IoctlIn = front(arguments);
+                Self::Ioctl { command: ioctl.cmd }
+            }
+            opcode::LOOKUP => Self::Lookup(Name::parse(arguments)),
+            opcode::OPENDIR => Self::Opendir,
+            opcode::READDIR => {
+                let read: ReadIn = front(arguments);
+                Self::Readdir {
+                    offset: read.offset,
+                    size: read.size,
+                }
+            }
+            opcode::SYMLINK
+            | opcode::MKNOD
+            | opcode::MKDIR
+            | opcode::UNLINK
+            | opcode::RMDIR
+            | opcode::RENAME
+            | opcode::RENAME2
+            | opcode::LINK
+            | opcode::CREATE
+            | opcode::TMPFILE => Self::ChangeDirectory,
             opcode::FORGET | opcode::BATCH_FORGET => Self::Forget,
             _ => Self::Unknown,
         }
@@ -117,7 +203,9 @@ impl Request {
     /// Bytes of payload that the request keeps in use while it runs.
     pub(super) fn payload(&self) -> u32 {
         match self {
-            Self::Read { size, .. } | Self::Write { size, .. } => *size,
+            Self::Read { size, .. } | Self::Write { size, .. } | Self::Readdir { size, .. } => {
+                *size
+            }
             _ => 0,
         }
     }
@@ -219,6 +307,19 @@ mod tests {
         };
         assert_eq!(setattr.valid, SetattrValid::SIZE);
         assert_eq!(setattr.unknown, 0x8000_0000);
+    }
+
+    #[test]
+    fn names_end_with_a_zero_byte() {
+        let request = Request::parse(opcode::LOOKUP, &arguments(b"p1\0"));
+        assert!(
+            matches!(&request, Request::Lookup(Some(name)) if name.as_bytes() == b"p1"),
+            "{request:?}"
+        );
+        let too_long = Request::parse(opcode::LOOKUP, &arguments(&[b'x'; MAX_NAME + 1]));
+        assert!(matches!(too_long, Request::Lookup(None)), "{too_long:?}");
+        let endless = Request::parse(opcode::LOOKUP, &[b'x'; MAX_ARGUMENTS]);
+        assert!(matches!(endless, Request::Lookup(None)), "{endless:?}");
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub(super) struct Session {
     stopping: AtomicBool,
     /// Drained sections that are on.
     held: AtomicUsize,
-    /// The kernel has attributes that are out of date.
+    /// The kernel has attributes of some file that are out of date.
     stale: AtomicBool,
     /// One for each queue.
     notices: Box<[Notice]>,
@@ -40,8 +40,13 @@ impl Session {
             stale: AtomicBool::new(false),
             notices: (0..queues).map(|_| Notice::default()).collect(),
         });
-        let listener = Listener(Arc::downgrade(&session));
-        session.file_system.backend.set_listener(Arc::new(listener));
+        for file in session.file_system.files() {
+            let listener = Listener {
+                session: Arc::downgrade(&session),
+                node: file.node,
+            };
+            file.backend.set_listener(Arc::new(listener));
+        }
         session
     }
 
@@ -60,9 +65,16 @@ impl Session {
         self.held.load(Ordering::Acquire) > 0
     }
 
-    /// Whether the kernel's attributes are out of date; says so once.
-    pub(super) fn take_stale(&self) -> bool {
-        self.stale.load(Ordering::Relaxed) && self.stale.swap(false, Ordering::AcqRel)
+    /// The files of which the kernel's attributes are out of date, each once.
+    pub(super) fn take_stale(&self) -> Vec<u64> {
+        if !(self.stale.load(Ordering::Relaxed) && self.stale.swap(false, Ordering::AcqRel)) {
+            return Vec::new();
+        }
+        let files = self.file_system.files().iter();
+        files
+            .filter(|file| file.take_stale())
+            .map(|file| file.node)
+            .collect()
     }
 
     /// Where queue `index` hears of changes here.
@@ -99,25 +111,32 @@ impl Session {
     }
 }
 
-/// Hears of the block layer. The backend owns it, and the session owns the backend: hence no ownership in this direction.
-struct Listener(Weak<Session>);
+/// Hears of the block layer, for one file. The backend owns it, and the session owns the backend: hence no ownership in this
+/// direction.
+struct Listener {
+    session: Weak<Session>,
+    node: u64,
+}
 
 impl BackendListener for Listener {
     fn drained_begin(&self) {
-        if let Some(session) = self.0.upgrade() {
+        if let Some(session) = self.session.upgrade() {
             session.held.fetch_add(1, Ordering::AcqRel);
         }
     }
 
     fn drained_end(&self) {
-        if let Some(session) = self.0.upgrade() {
+        if let Some(session) = self.session.upgrade() {
             session.held.fetch_sub(1, Ordering::AcqRel);
             session.notify_all();
         }
     }
 
     fn resized(&self, _size: u64) {
-        if let Some(session) = self.0.upgrade() {
+        if let Some(session) = self.session.upgrade() {
+            if let Some(file) = session.file_system.file(self.node) {
+                file.note_stale();
+            }
             session.stale.store(true, Ordering::Release);
             if let Some(first) = session.notices.first() {
                 first.notify.notify_one();

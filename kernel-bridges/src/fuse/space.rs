@@ -7,7 +7,7 @@ use stord_aio::Errno;
 use stord_block::ZeroFlags;
 
 use super::abi::LseekOut;
-use super::file_system::FileSystem;
+use super::disk_file::DiskFile;
 use super::request::Reply;
 
 // linux/falloc.h
@@ -26,7 +26,7 @@ const STEP: u64 = 1 << 30;
 /// A search for data or a hole asks for the status of so many bytes at a time.
 const SEARCH_STEP: u64 = 1 << 30;
 
-impl FileSystem {
+impl DiskFile {
     pub(super) async fn fallocate(
         &self,
         offset: u64,
@@ -93,6 +93,7 @@ impl FileSystem {
 
     async fn zero(&self, start: u64, end: u64, flags: ZeroFlags) -> Result<(), Errno> {
         self.note_write();
+        let flags = self.durability(flags);
         let mut at = start;
         while at < end {
             let length = (end - at).min(STEP);

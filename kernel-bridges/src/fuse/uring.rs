@@ -21,7 +21,7 @@ use std::task::{Poll, Waker};
 use stord_aio::sync::oneshot;
 use stord_aio::{Errno, UringCmd, join_all, spawn_local, yield_now};
 
-use super::abi::OutHeader;
+use super::abi::{OutHeader, opcode};
 use super::buffers::MAX_PAYLOAD;
 use super::idle::IdleWatch;
 use super::request::{Reply, Request};
@@ -175,15 +175,24 @@ impl Queues {
     /// Answers the request in the entry. Gives the bytes of payload that were used.
     async fn answer(self: &Rc<Self>, entry: &mut RingEntry) -> usize {
         self.idle.note();
-        let (header, arguments, payload) = entry.request();
+        let (header, mut arguments, payload) = entry.request();
+        if header.opcode == opcode::LOOKUP && payload > 0 {
+            // Its name comes as payload.
+            let len = arguments.len().min(payload as usize);
+            arguments.fill(0);
+            entry.payload().read_at(0, &mut arguments[..len]);
+        }
         let mut request = Request::parse(header.opcode, &arguments);
         if matches!(request, Request::Write { .. }) && request.payload() > payload {
             request = Request::Malformed;
         }
         let file_system = &self.session.file_system;
-        let reply = match file_system.try_handle(&request, entry.payload()) {
+        let reply = match file_system.try_handle(header.nodeid, &request, entry.payload()) {
             Some(reply) => reply,
-            None => file_system.handle(request, entry.payload().clone()).await,
+            None => {
+                let payload = entry.payload().clone();
+                file_system.handle(header.nodeid, request, payload).await
+            }
         };
         let (error, length) = match &reply {
             Reply::Done | Reply::Silence => (0, 0),

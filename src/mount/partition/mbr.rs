@@ -88,7 +88,10 @@ where
             extended.get_or_insert(*entry);
         }
         let partition = byte_range(number, entry.start, entry.len, disk.size);
-        found.push(partition.ok_or_else(|| outside(number))?);
+        found.push(Partition {
+            is_container: entry.is_extended(),
+            ..partition.ok_or_else(|| outside(number))?
+        });
     }
     if let Some(extended) = extended {
         logical_partitions(disk, extended, &mut found).await?;

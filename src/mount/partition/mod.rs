@@ -21,13 +21,20 @@ pub struct Partition {
     pub start: u64,
     /// Its length in bytes, never 0.
     pub len: u64,
+    /// It only holds the logical partitions, which are listed by themselves.
+    pub is_container: bool,
 }
 
 impl Partition {
     /// A partition that lies inside a disk of so many bytes; `None` if it does not.
     fn inside(number: u32, start: u64, len: u64, disk_size: u64) -> Option<Self> {
         let end = start.checked_add(len)?;
-        (start > 0 && len > 0 && end <= disk_size).then_some(Self { number, start, len })
+        (start > 0 && len > 0 && end <= disk_size).then_some(Self {
+            number,
+            start,
+            len,
+            is_container: false,
+        })
     }
 }
 
@@ -62,26 +69,33 @@ impl<R: AsyncFn(u64, usize) -> Result<Vec<u8>, Errno>> Disk<R> {
     ///
     /// # Errors
     /// The disk cannot be read, or has no partition table that can be trusted.
-    pub async fn partitions(&self) -> Result<Vec<Partition>, Error> {
+    pub async fn table(&self) -> Result<Table, Error> {
         let no_table = || Error::generic("there is no partition table");
         let boot = self.read(0, 512).await?.ok_or_else(no_table)?;
         let boot = mbr::Record::parse(&boot).ok_or_else(no_table)?;
-        if boot.is_protective() {
-            return gpt::partitions(self).await;
-        }
-        mbr::partitions(self, &boot).await
+        let partitions = if boot.is_protective() {
+            gpt::partitions(self).await?
+        } else {
+            mbr::partitions(self, &boot).await?
+        };
+        Ok(Table(partitions))
     }
+}
 
+/// The partitions of a disk, in the order of their numbers.
+#[derive(Clone, Debug)]
+pub struct Table(pub Vec<Partition>);
+
+impl Table {
     /// The partition of that number.
     ///
     /// # Errors
-    /// As [`Disk::partitions`], or there is no such partition.
-    pub async fn partition(&self, number: u32) -> Result<Partition, Error> {
-        let partitions = self.partitions().await?;
-        let found = partitions.iter().find(|found| found.number == number);
+    /// There is no such partition.
+    pub fn partition(&self, number: u32) -> Result<Partition, Error> {
+        let found = self.0.iter().find(|found| found.number == number);
         found.copied().ok_or_else(|| {
-            let list: Vec<String> = partitions
-                .iter()
+            let list = self.0.iter();
+            let list: Vec<String> = list
                 .map(|found| format!("{} ({})", found.number, crate::mount::size_text(found.len)))
                 .collect();
             let error = Error::generic(format!("there is no partition {number}"));

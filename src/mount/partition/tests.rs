@@ -18,8 +18,8 @@ fn disk(bytes: Vec<u8>) -> Disk<impl AsyncFn(u64, usize) -> Result<Vec<u8>, Errn
 fn list(bytes: Vec<u8>) -> Result<Vec<(u32, u64, u64)>, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     let runtime = runtime.expect("a runtime without drivers");
-    let partitions = runtime.block_on(disk(bytes).partitions());
-    let tuples = |list: Vec<Partition>| list.iter().map(|p| (p.number, p.start, p.len)).collect();
+    let partitions = runtime.block_on(disk(bytes).table());
+    let tuples = |table: Table| table.0.iter().map(|p| (p.number, p.start, p.len)).collect();
     partitions.map(tuples).map_err(|error| error.message)
 }
 
@@ -154,7 +154,9 @@ fn missing_partition_names_those_that_exist() {
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     let runtime = runtime.expect("a runtime without drivers");
     let error = runtime
-        .block_on(disk(protective(512)).partition(3))
+        .block_on(disk(protective(512)).table())
+        .expect("a good table")
+        .partition(3)
         .expect_err("there is none");
     assert_eq!(error.message, "there is no partition 3");
     assert_eq!(

@@ -87,7 +87,7 @@ async fn flushing_succeeds_clean_and_dirty() {
         let nothing = IoBuffer::zeroed(0);
         fixture
             .file_system
-            .try_handle(&Request::Flush, &nothing)
+            .try_handle(ROOT_ID, &Request::Flush, &nothing)
             .is_none()
     };
     assert!(!waits(&fixture));

@@ -142,7 +142,7 @@ async fn data_and_holes_are_found() {
 async fn requests_that_need_no_image_have_fixed_answers() {
     let fixture = Fixture::new(MIB, READ_ONLY).await;
     for (request, outcome) in [
-        (Request::Lookup, Outcome::Failed(Errno::ENOENT)),
+        (Request::Lookup(None), Outcome::Failed(Errno::ENOENT)),
         (Request::Unknown, Outcome::Failed(Errno::ENOSYS)),
         (Request::Malformed, Outcome::Failed(Errno::EINVAL)),
         (Request::Release, Outcome::Done),

@@ -1,6 +1,7 @@
 //! The request handler over real images, without a kernel.
 
 mod data;
+mod directory;
 mod metadata;
 
 use std::fs::File;
@@ -15,8 +16,11 @@ use stord_qmp::from_json;
 use tempfile::NamedTempFile;
 use zerocopy::FromBytes;
 
+use super::abi::ROOT_ID;
 use super::abi::{AttrOut, LseekOut, SetattrIn, SetattrValid, WriteOut};
-use super::file_system::{FileSystem, Presentation};
+use super::directory::Directory;
+use super::disk_file::{DiskFile, Presentation};
+use super::file_system::FileSystem;
 use super::request::{Reply, Request, Setattr};
 use super::resize::Resizer;
 
@@ -38,13 +42,13 @@ const GROWABLE: Presentation = Presentation {
     ..WRITABLE
 };
 
-/// A file system over a raw image.
+/// A file system over one raw image or several.
 struct Fixture {
-    image: NamedTempFile,
+    images: Vec<NamedTempFile>,
     contexts: Rc<Contexts>,
     file_system: Arc<FileSystem>,
-    /// Holds the node.
-    _graph: Graph,
+    /// Holds the nodes.
+    graph: Graph,
 }
 
 /// What a request came to.
@@ -60,18 +64,36 @@ enum Outcome {
 impl Fixture {
     /// Shows an image of `size` zero bytes, with `discard=unmap`.
     async fn new(size: u64, presentation: Presentation) -> Self {
+        let mut fixture = Self::empty();
+        let file = fixture.add_file(ROOT_ID, size, presentation).await;
+        fixture.file_system = Arc::new(FileSystem::of_file(file));
+        fixture
+    }
+
+    /// Shows a directory without files.
+    fn empty() -> Self {
+        let contexts = Rc::new(Contexts::start().unwrap());
+        let directory = Directory::new(Vec::new(), false);
+        Self {
+            images: Vec::new(),
+            graph: Graph::new(Rc::clone(&contexts)),
+            contexts,
+            file_system: Arc::new(FileSystem::of_directory(directory, Vec::new())),
+        }
+    }
+
+    /// Makes another image, and gives the file that shows it.
+    async fn add_file(&mut self, node: u64, size: u64, presentation: Presentation) -> DiskFile {
         let image = NamedTempFile::new().unwrap();
         image.as_file().set_len(size).unwrap();
-        let contexts = Rc::new(Contexts::start().unwrap());
-        let graph = Graph::new(Rc::clone(&contexts));
+        let name = format!("n{node}");
         let options = json!({
-            "driver": "file", "node-name": "n", "filename": image.path(), "discard": "unmap",
+            "driver": "file", "node-name": name, "filename": image.path(), "discard": "unmap",
             "read-only": !presentation.writable,
         });
-        graph
-            .blockdev_add(from_json(options).unwrap())
-            .await
-            .unwrap();
+        let added = self.graph.blockdev_add(from_json(options).unwrap());
+        added.await.unwrap();
+        self.images.push(image);
         let mut permissions = Permissions::CONSISTENT_READ;
         if presentation.writable {
             permissions |= Permissions::WRITE | Permissions::RESIZE;
@@ -80,25 +102,25 @@ impl Fixture {
             permissions,
             shared: Permissions::all(),
         };
-        let backend = graph.attach("n", "test", claim).await.unwrap();
-        Self {
-            image,
-            contexts,
-            file_system: Arc::new(FileSystem::new(backend, presentation, Resizer::Own)),
-            _graph: graph,
-        }
+        let backend = self.graph.attach(&name, "test", claim).await.unwrap();
+        DiskFile::new(node, backend, presentation, Resizer::Own)
+    }
+
+    /// Asks the root.
+    async fn ask(&self, request: Request, payload: Vec<u8>) -> Outcome {
+        self.ask_node(ROOT_ID, request, payload).await
     }
 
     /// Handles a request as a transport does: at once if possible, else as a task.
-    async fn ask(&self, request: Request, payload: Vec<u8>) -> Outcome {
+    async fn ask_node(&self, node: u64, request: Request, payload: Vec<u8>) -> Outcome {
         let file_system = Arc::clone(&self.file_system);
         self.contexts
             .main()
             .run(move || async move {
                 let payload = IoBuffer::copy_of(&payload);
-                let reply = match file_system.try_handle(&request, &payload) {
+                let reply = match file_system.try_handle(node, &request, &payload) {
                     Some(reply) => reply,
-                    None => file_system.handle(request, payload.clone()).await,
+                    None => file_system.handle(node, request, payload.clone()).await,
                 };
                 match reply {
                     Reply::Done => Outcome::Done,
@@ -172,11 +194,11 @@ impl Fixture {
     }
 
     fn image(&self) -> Vec<u8> {
-        std::fs::read(self.image.path()).unwrap()
+        std::fs::read(self.images[0].path()).unwrap()
     }
 
     fn image_file(&self) -> &File {
-        self.image.as_file()
+        self.images[0].as_file()
     }
 }
 
