@@ -16,12 +16,17 @@
     reason = "raw memory shared with the kernel is this module's subject"
 )]
 
+mod shared;
+
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
+use std::sync::Arc;
+
+pub use self::shared::SharedMemory;
 
 /// Alignment of memory allocated here, in bytes: enough for direct I/O on every block size.
 const ALIGNMENT: usize = 4096;
@@ -164,18 +169,18 @@ impl IoBuffer {
     }
 
     /// Gives the memory behind the bytes `range` back to the system, as far as these are whole
-    /// pages of a large buffer made by [`zeroed`](Self::zeroed): they read as zeroes then, and take
-    /// memory again when touched. Other bytes stay as they are.
+    /// pages of [`SharedMemory`] or of a large buffer made by [`zeroed`](Self::zeroed): they read as
+    /// zeroes then, and take memory again when touched. Other bytes stay as they are.
     ///
     /// # Panics
     ///
     /// When the range does not lie inside the buffer.
     pub fn release(&self, range: Range<usize>) {
         self.check(range.start, range.end);
-        let is_ours = self
-            .owner
-            .downcast_ref::<Memory>()
-            .is_some_and(|memory| matches!(memory.source, Source::Mapping));
+        let is_ours = match self.owner.downcast_ref::<Memory>() {
+            Some(memory) => matches!(memory.source, Source::Mapping),
+            None => self.owner.is::<Arc<SharedMemory>>(),
+        };
         let start = (self.addr() + range.start).next_multiple_of(ALIGNMENT) - self.addr();
         let end = (self.addr() + range.end) & !(ALIGNMENT - 1);
         let Some(len) = end.checked_sub(self.addr() + start) else {
@@ -332,5 +337,9 @@ fn map(len: usize) -> Option<NonNull<u8>> {
     if ptr == libc::MAP_FAILED {
         return None;
     }
+    // Where huge pages are the rule, one touched byte would take two megabytes. Kernels without
+    // them refuse, and nothing is lost.
+    // SAFETY: the advice is about pages of the mapping just made.
+    unsafe { libc::madvise(ptr, len, libc::MADV_NOHUGEPAGE) };
     NonNull::new(ptr.cast())
 }

@@ -92,6 +92,7 @@ impl Engine {
 
     /// Hands over everything submitted, waits as allowed, and completes what is done.
     pub(crate) fn turn(&self, local: &Local, wait: Wait) {
+        local.turns.set(local.turns.get() + 1);
         match self {
             Engine::Ring(ring) => ring.turn(local, wait),
             Engine::Fallback(fallback) => fallback.turn(local, wait),

@@ -41,6 +41,8 @@ pub(crate) struct Local {
     /// How many bytes the running task may still transfer at once before others have their turn.
     budget: Cell<u64>,
     pub(crate) spinners: RefCell<Spinners>,
+    /// How often the engine has been asked for events.
+    pub(crate) turns: Cell<u64>,
     /// The virtual clock of a simulation.
     pub(crate) clock: Option<VirtualClock>,
 }
@@ -143,6 +145,7 @@ impl Local {
             polling: RefCell::default(),
             budget: Cell::new(0),
             spinners: RefCell::default(),
+            turns: Cell::new(0),
             clock,
         }
     }
@@ -264,6 +267,29 @@ impl Local {
 pub fn spawn_local(future: impl Future<Output = ()> + 'static) {
     let spawned_at = Location::caller();
     with(|local| local.spawn(Box::pin(future), spawned_at));
+}
+
+/// Counts the turns of the loop that the caller runs on: what two tasks find the same number in has
+/// arrived together.
+///
+/// # Panics
+///
+/// Outside a context or simulation.
+#[track_caller]
+pub fn turns() -> u64 {
+    with(|local| local.turns.get())
+}
+
+/// Whether everything submitted on this context is with the kernel, and everything that the kernel
+/// has completed is known here. Then an operation that has not completed is one whose memory the
+/// kernel has not filled; it does that only in the loop's next turn.
+///
+/// # Panics
+///
+/// Outside a context or simulation.
+#[track_caller]
+pub fn is_quiet() -> bool {
+    with(|local| !local.engine.has_events())
 }
 
 /// Lets all other tasks that are ready run first.

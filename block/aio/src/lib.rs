@@ -31,9 +31,9 @@ pub mod time;
 mod timers;
 mod uring_cmd;
 
-pub use buffer::IoBuffer;
+pub use buffer::{IoBuffer, SharedMemory};
 pub use context::{Context, ContextConfig, ContextGone, MAX_CONTEXTS, add_spinner, current_index};
-pub use executor::{spawn_local, yield_now};
+pub use executor::{is_quiet, spawn_local, turns, yield_now};
 pub use file::{Engine, Fallocate, File};
 pub use iovec::IoVec;
 pub use join::join_all;

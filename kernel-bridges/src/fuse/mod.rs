@@ -20,6 +20,7 @@ mod directory;
 mod disk_file;
 mod export;
 mod file_system;
+mod follow;
 mod idle;
 mod init;
 mod kernel;

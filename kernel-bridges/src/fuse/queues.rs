@@ -60,11 +60,11 @@ pub(super) async fn serve_io_uring(
 ) -> (Result<(), Errno>, Ended) {
     let mut result = Ok(());
     let mut queues = Vec::new();
-    match register_all(&device, contexts, session, &mut queues) {
+    match uring::queue_count() {
         Err(errno) => result = Err(errno),
-        Ok(registered) => {
-            for registered in registered {
-                // Without an answer, the context has gone.
+        Ok(count) => {
+            for registered in register(&device, contexts, session, count, &mut queues) {
+                // Without an answer, the context has gone, or there was no descriptor for it.
                 let registered = registered.await.unwrap_or(Err(Errno::ENODEV));
                 result = result.and(registered);
             }
@@ -80,31 +80,35 @@ pub(super) async fn serve_io_uring(
 
 type Queue = Pin<Box<dyn Future<Output = Result<(), ContextGone>>>>;
 
-fn register_all(
+/// Starts `count` queues; each context answers whether its share has been registered.
+fn register(
     device: &OwnedFd,
     contexts: &[Context],
     session: &Arc<Session>,
+    count: u16,
     queues: &mut Vec<Queue>,
-) -> Result<Vec<oneshot::Receiver<Result<(), Errno>>>, Errno> {
-    let count = uring::queue_count()?;
+) -> Vec<oneshot::Receiver<Result<(), Errno>>> {
+    let (common, inboxes) = uring::Common::new(session, contexts.len(), count);
     let mut registered = Vec::new();
-    for (first, context) in contexts.iter().enumerate() {
-        let numbers: Vec<u16> = (0..count).skip(first).step_by(contexts.len()).collect();
-        if numbers.is_empty() {
-            continue;
-        }
-        let device = kernel::clone_device(device.as_fd())?;
-        let session = Arc::clone(session);
+    for (place, (context, inbox)) in contexts.iter().zip(inboxes).enumerate() {
+        let numbers: Vec<u16> = (0..count).skip(place).step_by(contexts.len()).collect();
         let (answer, result) = oneshot::channel();
         registered.push(result);
-        queues.push(Box::pin(context.run(move || async move {
-            let (result, served) = uring::register(device, session, numbers).await;
-            // The one who asked waits for it.
-            let _ = answer.send(result);
-            served.ended().await;
+        let device = match kernel::clone_device(device.as_fd()) {
+            Ok(device) => device,
+            Err(errno) => {
+                common.give_up(numbers.len());
+                // The receiver is in the list.
+                let _ = answer.send(Err(errno));
+                continue;
+            }
+        };
+        let common = Arc::clone(&common);
+        queues.push(Box::pin(context.run(move || {
+            uring::serve(common, place, device, numbers, inbox, answer)
         })));
     }
-    Ok(registered)
+    registered
 }
 
 async fn all_ended<Q: Future<Output = Result<(), ContextGone>>>(queues: Vec<Q>) {

@@ -3,7 +3,12 @@
 //! The kernel has a queue for each processor and sends a request to the queue of the processor that it is made on. The queues are dealt
 //! over the export's contexts. Each has a number of entries; an entry is a task that waits for a request, answers it, at once where
 //! that needs no waiting, and gives the reply in exchange for the next request. All entries of a context that are ready together go to
-//! the kernel in one system call.
+//! the kernel in one system call. The kernel prefers the entry that waits for the shortest time, so that little memory is in use.
+//!
+//! When all entries of a queue have requests that wait for the storage, the queue gets more of them, as far as their payloads are small.
+//!
+//! Moving a large payload is work for a processor. Where large requests wait for others on one context, another one that has less to
+//! do takes the entry over; the entry stays there until a small request comes in it.
 //!
 //! What the kernel sends past its queues, FORGET and INTERRUPT, arrives at the device, where the classic transport serves it.
 //!
@@ -16,47 +21,101 @@ use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 
-use stord_aio::sync::oneshot;
-use stord_aio::{Errno, UringCmd, join_all, spawn_local, yield_now};
+use stord_aio::sync::{mpsc, oneshot};
+use stord_aio::{Errno, UringCmd, is_quiet, spawn_local, turns, yield_now};
 
-use super::abi::{OutHeader, opcode};
+use super::abi::{InHeader, OutHeader};
 use super::buffers::MAX_PAYLOAD;
+use super::follow;
 use super::idle::IdleWatch;
 use super::request::{Reply, Request};
-use super::ring_entry::RingEntry;
+use super::ring_entry::{EntryParts, RingEntry};
 use super::session::Session;
 
-/// Entries of one queue, all idle ones of which take two pages of memory.
-const ENTRIES: usize = 16;
+/// Entries that a queue begins with, that it gets at a time, and that it has at most.
+const ENTRIES: usize = 8;
+const MORE_ENTRIES: usize = 8;
+const MOST_ENTRIES: usize = 64;
+/// A queue with so many bytes of payload under way gets no more entries.
+const ENOUGH_BYTES: usize = 2 << 20;
+/// Payloads of so many bytes are worth another context's while.
+const LARGE: u32 = 64 << 10;
 /// What an idle entry's payload may take up, in bytes.
 const KEPT: usize = 16 << 10;
 
-/// The kernel's queues that one context serves.
-struct Queues {
+/// What the contexts of an export have in common.
+pub(super) struct Common {
     session: Arc<Session>,
+    places: Vec<Place>,
+    /// Entries that have not ended.
+    alive: AtomicUsize,
+}
+
+/// One context, as the others see it.
+struct Place {
+    inbox: mpsc::UnboundedSender<Message>,
+    /// Large requests in its hands.
+    large: AtomicUsize,
+}
+
+/// What a context is told.
+pub(super) enum Message {
+    /// Take an entry over.
+    Entry(EntryParts, Then),
+    /// The last entry has ended.
+    End,
+}
+
+/// What is to be done with an entry that is taken over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// The request in it is large, and to be answered.
+    Answer,
+    /// The reply in it is to be sent.
+    Commit,
+}
+
+/// One context's part of it.
+struct Share {
+    common: Arc<Common>,
+    /// Which of the places this is.
+    place: usize,
+    device: Rc<OwnedFd>,
+    /// The queues whose home is here.
+    queues: Vec<Rc<Queue>>,
     idle: Rc<IdleWatch>,
+    /// The turn of the loop in which the last request arrived.
+    turn: Cell<u64>,
     /// Entries whose payload takes up much memory.
-    large: RefCell<Vec<Rc<Trim>>>,
+    swollen: RefCell<Vec<Rc<Trim>>>,
     /// Why an entry could not be registered.
     refused: Cell<Option<Errno>>,
 }
 
+/// One of the kernel's queues.
+struct Queue {
+    number: u16,
+    /// Entries there are, and those whose requests wait for the storage.
+    entries: Cell<usize>,
+    waiting: Cell<usize>,
+    /// The bytes of payload of the latter.
+    bytes: Cell<usize>,
+}
+
 /// How an entry that waits for a request is told to give memory back.
-///
-/// Only the entry itself knows that no request has arrived in its memory, and only when it is polled: the kernel puts requests there
-/// while this thread is in `io_uring_enter`, and no completion of that call is unread when tasks run.
 #[derive(Default)]
 struct Trim {
     wanted: Cell<bool>,
     waker: Cell<Option<Waker>>,
 }
 
-/// Entries registered on the calling context.
-pub(super) struct Served {
-    queues: Rc<Queues>,
-    entries: Vec<oneshot::Receiver<()>>,
+/// A request in an entry.
+struct Incoming {
+    header: InHeader,
+    request: Request,
 }
 
 /// The number of queues that the kernel has: one for each processor that there might be.
@@ -74,124 +133,258 @@ pub(super) fn queue_count() -> Result<u16, Errno> {
         .ok_or(Errno::EINVAL)
 }
 
-/// Registers entries for the kernel's queues `numbers` on the calling context. The first result says whether the kernel took them;
-/// those that it took are served either way.
-pub(super) async fn register(
+impl Common {
+    /// For so many contexts and so many queues. The second result is for the contexts, in their order.
+    pub(super) fn new(
+        session: &Arc<Session>,
+        contexts: usize,
+        queues: u16,
+    ) -> (Arc<Self>, Vec<mpsc::UnboundedReceiver<Message>>) {
+        let (places, inboxes) = (0..contexts)
+            .map(|_| {
+                let (inbox, messages) = mpsc::unbounded_channel();
+                let large = AtomicUsize::new(0);
+                (Place { inbox, large }, messages)
+            })
+            .unzip();
+        let common = Arc::new(Self {
+            session: Arc::clone(session),
+            places,
+            alive: AtomicUsize::new(usize::from(queues) * ENTRIES),
+        });
+        (common, inboxes)
+    }
+
+    /// Notes that the entries of so many queues will not be.
+    pub(super) fn give_up(&self, queues: usize) {
+        for _ in 0..queues * ENTRIES {
+            self.entry_ended();
+        }
+    }
+
+    fn entry_ended(&self) {
+        if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
+            for place in &self.places {
+                self.tell(place, Message::End);
+            }
+        }
+    }
+
+    fn tell(&self, place: &Place, message: Message) {
+        // Nobody listens where the last entry has ended, or the context was not to be had.
+        if let Err(mpsc::error::SendError(Message::Entry(..))) = place.inbox.send(message) {
+            self.entry_ended();
+        }
+    }
+
+    /// A context with less to do than the one at `place`.
+    fn relief(&self, place: usize) -> Option<usize> {
+        let load = |place: &Place| place.large.load(Ordering::Relaxed);
+        let (other, least) = (self.places.iter().enumerate())
+            .filter(|(other, _)| *other != place)
+            .map(|(other, place)| (other, load(place)))
+            .min_by_key(|(_, load)| *load)?;
+        (least + 1 < load(&self.places[place])).then_some(other)
+    }
+}
+
+/// Registers entries for the kernel's queues `numbers` on the calling context, which is the one at `place`, and serves them until the
+/// connection has ended and no request is under way. `registered` is told whether the kernel took them; those that it took are served
+/// either way.
+pub(super) async fn serve(
+    common: Arc<Common>,
+    place: usize,
     device: OwnedFd,
-    session: Arc<Session>,
     numbers: Vec<u16>,
-) -> (Result<(), Errno>, Served) {
-    let device = Rc::new(device);
-    let queues = Rc::new(Queues {
-        session,
+    mut inbox: mpsc::UnboundedReceiver<Message>,
+    registered: oneshot::Sender<Result<(), Errno>>,
+) {
+    let queues = numbers.into_iter().map(Queue::new).map(Rc::new).collect();
+    let share = Rc::new(Share {
+        common,
+        place,
+        device: Rc::new(device),
+        queues,
         idle: Rc::default(),
-        large: RefCell::default(),
+        turn: Cell::new(0),
+        swollen: RefCell::default(),
         refused: Cell::new(None),
     });
-    let mut entries = Vec::new();
-    for number in numbers {
-        for _ in 0..ENTRIES {
-            let (ended, wait) = oneshot::channel();
-            let entry = RingEntry::new(&device, number, MAX_PAYLOAD);
-            let queues = Rc::clone(&queues);
-            spawn_local(async move {
-                queues.serve(entry).await;
-                // Nobody waits where another entry was refused.
-                let _ = ended.send(());
-            });
-            entries.push(wait);
-        }
+    for queue in &share.queues {
+        share.add_entries(queue, ENTRIES);
     }
     // A refused entry completes as it is submitted, which is in one of these turns of the loop.
     yield_now().await;
     yield_now().await;
-    let result = queues.refused.get().map_or(Ok(()), Err);
-    (result, Served { queues, entries })
+    // The one who asked waits for it.
+    let _ = registered.send(share.refused.get().map_or(Ok(()), Err));
+    while let Some(Message::Entry(parts, then)) = inbox.recv().await {
+        let share = Rc::clone(&share);
+        spawn_local(async move {
+            let entry = RingEntry::new(parts, &share.device);
+            share.serve(entry, Some(then)).await;
+        });
+    }
+    share.idle.finish();
 }
 
-impl Served {
-    /// Returns when the connection has ended and no request is under way.
-    pub(super) async fn ended(self) {
-        for entry in join_all(self.entries).await {
-            // Sent or dropped: the entry has ended.
-            let _ = entry;
+impl Queue {
+    fn new(number: u16) -> Self {
+        Self {
+            number,
+            entries: Cell::new(0),
+            waiting: Cell::new(0),
+            bytes: Cell::new(0),
         }
-        self.queues.idle.finish();
+    }
+
+    /// Whether more entries would be of use.
+    fn is_short(&self) -> bool {
+        self.waiting.get() >= self.entries.get()
+            && self.entries.get() < MOST_ENTRIES
+            && self.bytes.get() < ENOUGH_BYTES
     }
 }
 
-impl Queues {
-    async fn serve(self: &Rc<Self>, mut entry: RingEntry) {
-        let Some(registered) = entry.register() else {
-            self.refused.set(Some(Errno::ENOTSUP));
-            return;
-        };
-        let mut result = registered.await;
-        if let Some(errno) = failure(result) {
-            if errno != Errno::ENOTCONN {
-                self.refused.set(Some(errno));
-            }
-            return;
+impl Share {
+    /// Registers entries that the common count has.
+    fn add_entries(self: &Rc<Self>, queue: &Rc<Queue>, count: usize) {
+        queue.entries.set(queue.entries.get() + count);
+        for _ in 0..count {
+            let Some(parts) = EntryParts::new(queue.number, MAX_PAYLOAD) else {
+                self.refused.set(Some(Errno::ENOMEM));
+                self.common.entry_ended();
+                continue;
+            };
+            let share = Rc::clone(self);
+            spawn_local(async move {
+                let entry = RingEntry::new(parts, &share.device);
+                share.serve(entry, None).await;
+            });
         }
+    }
+
+    /// Serves an entry until it ends or another context takes it over. A new one is registered first.
+    async fn serve(self: &Rc<Self>, mut entry: RingEntry, then: Option<Then>) {
+        let home = self.queues.iter().find(|q| q.number == entry.queue());
+        let mut touched = 0;
+        match then {
+            None => {
+                let Some(registered) = entry.register() else {
+                    self.refused.set(Some(Errno::ENOTSUP));
+                    return self.common.entry_ended();
+                };
+                if let Some(errno) = failure(registered.await) {
+                    if errno != Errno::ENOTCONN {
+                        self.refused.set(Some(errno));
+                    }
+                    return self.common.entry_ended();
+                }
+            }
+            Some(Then::Answer) => {
+                let incoming = Incoming::read(&mut entry);
+                touched = self.answer_large(&entry, incoming).await;
+            }
+            Some(Then::Commit) => {}
+        }
+        let mut has_request = then.is_none();
         let mut trim = None;
-        while failure(result).is_none() {
-            let touched = self.answer(&mut entry).await;
+        loop {
+            if has_request {
+                self.note_arrival(&entry);
+                let incoming = Incoming::read(&mut entry);
+                if incoming.request.payload() < LARGE {
+                    touched = self.answer(&entry, incoming, home).await;
+                    if home.is_none() {
+                        return self.send_home(entry);
+                    }
+                } else if let Some(other) = self.queue_large().await {
+                    return self.common.tell(
+                        &self.common.places[other],
+                        Message::Entry(entry.into_parts(), Then::Answer),
+                    );
+                } else {
+                    touched = self.answer_large(&entry, incoming).await;
+                }
+            }
+            has_request = true;
             let Some(committed) = entry.commit() else {
-                return;
+                unreachable!("an entry is on a context with a ring");
             };
             if touched > KEPT && trim.is_none() {
-                trim = Some(self.note_large());
+                trim = Some(self.note_swollen());
             }
-            result = match &trim {
+            let result = match &trim {
                 None => committed.await,
                 Some(wanted) => {
-                    let (result, trimmed) = wait_or_trim(committed, wanted, &entry).await;
-                    if trimmed {
+                    let (result, is_trimmed) = wait_or_trim(committed, wanted, &entry).await;
+                    if is_trimmed {
                         trim = None;
                     }
                     result
                 }
             };
-        }
-    }
-
-    /// Notes an entry that takes up much memory.
-    fn note_large(self: &Rc<Self>) -> Rc<Trim> {
-        let trim = Rc::new(Trim::default());
-        self.large.borrow_mut().push(Rc::clone(&trim));
-        let queues = Rc::downgrade(self);
-        self.idle.watch(move || {
-            let large = queues.upgrade().map(|queues| queues.large.take());
-            for trim in large.into_iter().flatten() {
-                trim.wanted.set(true);
-                if let Some(waker) = trim.waker.take() {
-                    waker.wake();
-                }
+            if failure(result).is_some() {
+                return self.common.entry_ended();
             }
-        });
-        trim
+        }
     }
 
-    /// Answers the request in the entry. Gives the bytes of payload that were used.
-    async fn answer(self: &Rc<Self>, entry: &mut RingEntry) -> usize {
+    /// Takes notice of a request that has arrived.
+    fn note_arrival(&self, entry: &RingEntry) {
         self.idle.note();
-        let (header, mut arguments, payload) = entry.request();
-        if header.opcode == opcode::LOOKUP && payload > 0 {
-            // Its name comes as payload.
-            let len = arguments.len().min(payload as usize);
-            arguments.fill(0);
-            entry.payload().read_at(0, &mut arguments[..len]);
+        if self.turn.replace(turns()) == turns() {
+            follow::together();
+        } else {
+            let queue = entry.queue();
+            follow::alone(queue.into(), || Some(queue.into()));
         }
-        let mut request = Request::parse(header.opcode, &arguments);
-        if matches!(request, Request::Write { .. }) && request.payload() > payload {
-            request = Request::Malformed;
-        }
-        let file_system = &self.session.file_system;
+    }
+
+    /// Puts a large request in line. Gives the context that is to answer it, if that is another one.
+    async fn queue_large(&self) -> Option<usize> {
+        let places = &self.common.places;
+        places[self.place].large.fetch_add(1, Ordering::Relaxed);
+        // So that those which have arrived together are all in line.
+        yield_now().await;
+        let other = self.common.relief(self.place)?;
+        places[other].large.fetch_add(1, Ordering::Relaxed);
+        places[self.place].large.fetch_sub(1, Ordering::Relaxed);
+        Some(other)
+    }
+
+    /// Answers a large request that is in line here. Gives the bytes of payload that were used.
+    async fn answer_large(self: &Rc<Self>, entry: &RingEntry, incoming: Incoming) -> usize {
+        let touched = self.answer(entry, incoming, None).await;
+        let place = &self.common.places[self.place];
+        place.large.fetch_sub(1, Ordering::Relaxed);
+        touched
+    }
+
+    /// Answers the request in an entry. Gives the bytes of payload that were used.
+    async fn answer(
+        self: &Rc<Self>,
+        entry: &RingEntry,
+        incoming: Incoming,
+        home: Option<&Rc<Queue>>,
+    ) -> usize {
+        let Incoming { header, request } = incoming;
+        let touched = request.payload() as usize;
+        let file_system = &self.common.session.file_system;
         let reply = match file_system.try_handle(header.nodeid, &request, entry.payload()) {
             Some(reply) => reply,
             None => {
-                let payload = entry.payload().clone();
-                file_system.handle(header.nodeid, request, payload).await
+                if let Some(queue) = home {
+                    self.note_waiting(queue, touched);
+                }
+                let handled = file_system.handle(header.nodeid, request, entry.payload().clone());
+                // An entry is small while it waits for a request.
+                let reply = Box::pin(handled).await;
+                if let Some(queue) = home {
+                    queue.waiting.set(queue.waiting.get() - 1);
+                    queue.bytes.set(queue.bytes.get() - touched);
+                }
+                reply
             }
         };
         let (error, length) = match &reply {
@@ -210,21 +403,73 @@ impl Queues {
             unique: header.unique,
         };
         entry.reply(&out, length);
-        request.payload() as usize
+        touched
+    }
+
+    /// Notes a request that waits for the storage; gets the queue more entries when it has none left.
+    fn note_waiting(self: &Rc<Self>, queue: &Rc<Queue>, bytes: usize) {
+        queue.waiting.set(queue.waiting.get() + 1);
+        queue.bytes.set(queue.bytes.get() + bytes);
+        if queue.is_short() {
+            self.common.alive.fetch_add(MORE_ENTRIES, Ordering::AcqRel);
+            self.add_entries(queue, MORE_ENTRIES);
+        }
+    }
+
+    /// Gives an entry with a reply in it to the context that its queue belongs to.
+    fn send_home(&self, entry: RingEntry) {
+        let places = &self.common.places;
+        let home = usize::from(entry.queue()) % places.len();
+        let message = Message::Entry(entry.into_parts(), Then::Commit);
+        self.common.tell(&places[home], message);
+    }
+
+    /// Notes an entry that takes up much memory.
+    fn note_swollen(self: &Rc<Self>) -> Rc<Trim> {
+        let trim = Rc::new(Trim::default());
+        self.swollen.borrow_mut().push(Rc::clone(&trim));
+        let share = Rc::downgrade(self);
+        self.idle.watch(move || {
+            let swollen = share.upgrade().map(|share| share.swollen.take());
+            for trim in swollen.into_iter().flatten() {
+                trim.wanted.set(true);
+                if let Some(waker) = trim.waker.take() {
+                    waker.wake();
+                }
+            }
+        });
+        trim
+    }
+}
+
+impl Incoming {
+    fn read(entry: &mut RingEntry) -> Self {
+        let (header, arguments, payload) = entry.request();
+        let mut request = Request::parse(header.opcode, &arguments);
+        if matches!(request, Request::Write { .. }) && request.payload() > payload {
+            request = Request::Malformed;
+        }
+        Self { header, request }
     }
 }
 
 /// Waits for the next request, and gives memory back while there is none. The second result tells whether that was done.
 async fn wait_or_trim(committed: UringCmd, trim: &Trim, entry: &RingEntry) -> (i32, bool) {
     let mut committed = pin!(committed);
-    let mut trimmed = false;
+    let mut is_trimmed = false;
     poll_fn(|cx| {
         if let Poll::Ready(result) = committed.as_mut().poll(cx) {
-            return Poll::Ready((result, trimmed));
+            return Poll::Ready((result, is_trimmed));
         }
-        if trim.wanted.replace(false) {
-            entry.payload().release(KEPT..entry.payload().len());
-            trimmed = true;
+        if trim.wanted.get() {
+            // Else the reply might not have gone yet, or a request have come.
+            if is_quiet() {
+                entry.payload().release(KEPT..entry.payload().len());
+                trim.wanted.set(false);
+                is_trimmed = true;
+            } else {
+                cx.waker().wake_by_ref();
+            }
         }
         trim.waker.set(Some(cx.waker().clone()));
         Poll::Pending

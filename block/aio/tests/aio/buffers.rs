@@ -2,8 +2,10 @@
 
 use std::panic::catch_unwind;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::thread;
 
-use stord_aio::{IoBuffer, IoVec};
+use stord_aio::{IoBuffer, IoVec, SharedMemory};
 
 fn list(parts: &[&[u8]]) -> IoVec {
     let mut list = IoVec::new();
@@ -40,6 +42,22 @@ fn released_pages_read_as_zeroes_and_no_others() {
     small.release(0..8192);
     assert_eq!(small.to_vec(), [1; 8192]);
     assert!(catch_unwind(|| IoBuffer::zeroed(1 << 20).release(0..(1 << 20) + 1)).is_err());
+}
+
+#[test]
+fn shared_memory_is_the_same_on_every_thread_and_can_be_released() {
+    let memory = SharedMemory::zeroed(1 << 20).expect("there is memory");
+    let theirs = Arc::clone(&memory);
+    thread::spawn(move || theirs.buffer().fill(7))
+        .join()
+        .expect("it does not panic");
+    let buffer = memory.buffer();
+    drop(memory);
+    assert!(buffer.to_vec() == vec![7; 1 << 20]);
+    buffer.slice(8192..1 << 20).release(0..4096);
+    let mut expected = vec![7; 1 << 20];
+    expected[8192..12288].fill(0);
+    assert!(buffer.to_vec() == expected);
 }
 
 #[test]
