@@ -5,6 +5,7 @@
 
 mod export;
 mod fuse;
+mod nbd;
 mod registry;
 
 pub use registry::{DirectoryExport, DirectoryFile, ExportEvent, ExportRegistry};

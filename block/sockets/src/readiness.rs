@@ -1,7 +1,7 @@
 //! Waits on the control thread until a descriptor of any kind can be read or written.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -82,6 +82,17 @@ impl Descriptor {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         Polled::new(fd, Interest::READABLE | Interest::WRITABLE).map(Self)
+    }
+
+    /// The descriptor, which no one waits for any more.
+    pub fn into_inner(self) -> OwnedFd {
+        self.0.into_inner()
+    }
+}
+
+impl AsFd for Descriptor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.0.get_ref().0.as_fd()
     }
 }
 

@@ -1,4 +1,5 @@
 //! Leaves: drivers that take whole requests to a file, a device or nothing.
 
 pub mod file;
+pub mod nbd;
 pub mod null;

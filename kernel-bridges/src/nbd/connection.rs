@@ -1,0 +1,743 @@
+//! One client in its transmission phase, on one context.
+//!
+//! Requests that are there together are served together: what needs no waiting is answered at once, into one outgoing message, and
+//! the rest become tasks that answer in whatever order they end. The loop that fetches never waits for a request, only for bytes, and
+//! for room where a client asks for more than it takes.
+//!
+//! An error of a request is its answer; bytes that are no request, and payloads that are too long, end the connection. So does the
+//! export, from another thread, by shutting the socket down. However it ends, the requests in flight are finished first.
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use stord_aio::sync::Notify;
+use stord_aio::{Errno, IoBuffer, IoVec, PolledFd, spawn_local, yield_now};
+use stord_block::Backend;
+use stord_block::driver::ZeroFlags;
+use stord_block::drivers::protocol::nbd::wire::{Command, CommandFlags, MAX_PAYLOAD};
+
+use super::extents;
+use super::handshake::{Manner, MetaContext};
+use super::inbox::Inbox;
+use super::outbox::Outbox;
+use super::payloads::{FRONT, Payloads};
+use super::reply::Style;
+use super::request::{MAX_HEADER, NoRequest, Request};
+
+/// A client with so many bytes of memory in use by its requests and replies is not listened to.
+const MAX_BYTES: usize = 32 << 20;
+/// A client with so many requests in flight is not listened to.
+const MAX_REQUESTS: usize = 1024;
+/// Memory that a request uses besides its payload, in bytes.
+const OVERHEAD: usize = 1024;
+/// Reads up to this length are answered from the arena of the outbox, in bytes.
+const SHORT: u64 = 32 << 10;
+/// So many requests are served before replies leave and other tasks of the context get their turn.
+const BURST: u32 = 64;
+/// After no request for a while, free memory is given back.
+const IDLE: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// What a client is served with.
+pub(super) struct Service {
+    pub(super) backend: Backend,
+    pub(super) writable: bool,
+    pub(super) writethrough: bool,
+    pub(super) manner: Manner,
+}
+
+struct Connection {
+    stream: PolledFd,
+    service: Service,
+    outbox: RefCell<Outbox>,
+    payloads: Payloads,
+    /// A task sends what the client did not take at once.
+    sending: Cell<bool>,
+    /// The client takes nothing any more.
+    broken: Cell<bool>,
+    /// Requests that are tasks.
+    requests: Cell<usize>,
+    /// Memory that they use, in bytes.
+    bytes: Cell<usize>,
+    /// A task has ended.
+    ended: Notify,
+    /// Rises with every request.
+    activity: Cell<u64>,
+    trimming: Cell<bool>,
+}
+
+/// Why the connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The client is done, or has gone.
+    Left,
+    /// The context stops, or the stream broke.
+    Failed(Errno),
+    /// The client does not speak NBD.
+    Garbage,
+}
+
+impl From<NoRequest> for End {
+    fn from(_: NoRequest) -> Self {
+        Self::Garbage
+    }
+}
+
+/// What a request gives.
+enum Outcome {
+    /// All of the reply.
+    Result(Result<(), Errno>),
+    /// It needs waiting.
+    Later,
+    /// The reply is on its way.
+    Done,
+}
+
+/// Serves a client until it goes, with everything that it has asked for finished.
+pub(super) async fn serve(fd: OwnedFd, service: Service) {
+    let stream = match PolledFd::new(fd) {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::error!(%error, "an NBD client cannot be served");
+            return;
+        }
+    };
+    let connection = Rc::new(Connection {
+        stream,
+        service,
+        outbox: RefCell::new(Outbox::new()),
+        payloads: Payloads::default(),
+        sending: Cell::new(false),
+        broken: Cell::new(false),
+        requests: Cell::new(0),
+        bytes: Cell::new(0),
+        ended: Notify::new(),
+        activity: Cell::new(0),
+        trimming: Cell::new(false),
+    });
+    let end = connection.run().await;
+    tracing::debug!(?end, "an NBD client has gone");
+    while connection.requests.get() > 0 {
+        connection.ended.notified().await;
+    }
+    while connection.sending.get() {
+        connection.ended.notified().await;
+    }
+}
+
+impl Connection {
+    async fn run(self: &Rc<Self>) -> End {
+        let mut inbox = Inbox::new();
+        let mut streak = 0;
+        loop {
+            let served = match self.serve_received(&mut inbox).await {
+                Ok(served) => served,
+                Err(end) => return end,
+            };
+            self.flush();
+            if self.is_full() {
+                self.ended.notified().await;
+                continue;
+            }
+            let wanted = self.wanted(&inbox);
+            let room = inbox.room(wanted);
+            // Where several requests came together, more may be there; a lone one comes from a client that waits for its reply.
+            if served > 1 {
+                streak += served;
+                if streak >= BURST {
+                    streak = 0;
+                    yield_now().await;
+                }
+                match self.stream.try_read(&room) {
+                    Ok(0) => return End::Left,
+                    Ok(count) => {
+                        inbox.received(count);
+                        continue;
+                    }
+                    Err(Errno::EAGAIN) => {}
+                    Err(errno) => return End::Failed(errno),
+                }
+            }
+            self.trim_when_idle();
+            match self.stream.read_when_ready(room).await {
+                Ok(0) => return End::Left,
+                Ok(count) => inbox.received(count),
+                Err(errno) => return End::Failed(errno),
+            }
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.requests.get() >= MAX_REQUESTS
+            || self.bytes.get() + self.outbox.borrow().bytes() >= MAX_BYTES
+    }
+
+    /// Bytes that have to be there before anything can be done.
+    fn wanted(&self, inbox: &Inbox) -> usize {
+        let header = Request::header_size(self.service.manner.style);
+        let mut bytes = [0; MAX_HEADER];
+        if inbox.len() < header {
+            return header;
+        }
+        inbox.peek(&mut bytes[..header]);
+        match Request::parse(self.service.manner.style, &bytes) {
+            Ok(request) => {
+                let payload = request.payload(self.service.manner.style);
+                usize::try_from(payload).map_or(header, |payload| header + payload)
+            }
+            Err(NoRequest) => header,
+        }
+    }
+
+    /// Serves the requests that have come, and gives their number.
+    async fn serve_received(self: &Rc<Self>, inbox: &mut Inbox) -> Result<u32, End> {
+        let style = self.service.manner.style;
+        let header = Request::header_size(style);
+        let mut served = 0;
+        while inbox.len() >= header && served < BURST && !self.is_full() {
+            let mut bytes = [0; MAX_HEADER];
+            inbox.peek(&mut bytes[..header]);
+            let request = Request::parse(style, &bytes)?;
+            let payload = request.payload(style);
+            if payload > u64::from(MAX_PAYLOAD) {
+                tracing::debug!(payload, "an NBD client sends too long a payload");
+                return Err(End::Garbage);
+            }
+            let payload = usize::try_from(payload).map_err(|_| End::Garbage)?;
+            if request.command() == Some(Command::Disconnect) {
+                return Err(End::Left);
+            }
+            self.activity.set(self.activity.get().wrapping_add(1));
+            if payload == 0 {
+                inbox.consume(header);
+                self.begin(request, None);
+            } else if inbox.len() >= header + payload {
+                inbox.consume(header);
+                let received = inbox.front(payload);
+                self.begin(request, Some(received));
+                inbox.consume(payload);
+            } else if Inbox::holds(header + payload) && payload < SHORT as usize {
+                // The rest comes with the next bytes.
+                break;
+            } else {
+                inbox.consume(header);
+                // Replies do not wait for it.
+                self.flush();
+                let whole = self.receive_payload(inbox, payload).await?;
+                self.begin_owned(request, whole, payload);
+            }
+            served += 1;
+        }
+        Ok(served)
+    }
+
+    /// Receives a payload into memory of its own, from [`FRONT`] on.
+    async fn receive_payload(&self, inbox: &mut Inbox, length: usize) -> Result<IoBuffer, End> {
+        let whole = self.payloads.take(length);
+        let payload = whole.slice(FRONT..FRONT + length);
+        let there = inbox.len().min(length);
+        let front: IoVec = inbox.front(there).into();
+        front.copy_to(&payload.slice(0..there).into());
+        inbox.consume(there);
+        let mut done = there;
+        while done < length {
+            let rest: IoVec = payload.slice(done..length).into();
+            let count = match self.stream.try_read(&rest) {
+                Err(Errno::EAGAIN) => self.stream.read_when_ready(rest).await,
+                result => result,
+            };
+            match count {
+                Ok(0) => return Err(End::Left),
+                Ok(count) => done += count,
+                Err(errno) => return Err(End::Failed(errno)),
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Serves a request whose payload, if it has any, is in memory that it must leave at once.
+    fn begin(self: &Rc<Self>, request: Request, payload: Option<IoBuffer>) {
+        if let Err(errno) = self.check(&request) {
+            self.reply(&request, Err(errno));
+            return;
+        }
+        let outcome = match (request.command(), &payload) {
+            (Some(Command::Read), _) => self.try_read(&request),
+            (Some(Command::Write), Some(payload)) => self.try_write(&request, payload),
+            _ => Outcome::Later,
+        };
+        match outcome {
+            Outcome::Done => {}
+            Outcome::Result(result) => self.reply(&request, result),
+            Outcome::Later => {
+                let kept = payload.map(|payload| {
+                    let length = payload.len();
+                    let whole = self.payloads.take(length);
+                    let to = whole.slice(FRONT..FRONT + length).into();
+                    IoVec::from(payload).copy_to(&to);
+                    (whole, length)
+                });
+                self.spawn(request, kept);
+            }
+        }
+    }
+
+    /// Serves a request whose payload is in memory of its own.
+    fn begin_owned(self: &Rc<Self>, request: Request, whole: IoBuffer, length: usize) {
+        let outcome = match self.check(&request) {
+            Err(errno) => Outcome::Result(Err(errno)),
+            Ok(()) if request.command() == Some(Command::Write) => {
+                self.try_write(&request, &whole.slice(FRONT..FRONT + length))
+            }
+            Ok(()) => Outcome::Later,
+        };
+        match outcome {
+            Outcome::Later => self.spawn(request, Some((whole, length))),
+            Outcome::Result(result) => {
+                self.payloads.put(whole);
+                self.reply(&request, result);
+            }
+            Outcome::Done => self.payloads.put(whole),
+        }
+    }
+
+    /// Whether a request may be done at all.
+    fn check(&self, request: &Request) -> Result<(), Errno> {
+        let command = request.command().ok_or(Errno::EINVAL)?;
+        let style = self.service.manner.style;
+        let allowed = CommandFlags::FUA
+            | match command {
+                Command::Read if style != Style::Simple => CommandFlags::DF,
+                Command::Write if style == Style::Extended => CommandFlags::PAYLOAD_LEN,
+                Command::WriteZeroes => CommandFlags::NO_HOLE | CommandFlags::FAST_ZERO,
+                Command::BlockStatus if style == Style::Extended => {
+                    CommandFlags::REQ_ONE | CommandFlags::PAYLOAD_LEN
+                }
+                Command::BlockStatus => CommandFlags::REQ_ONE,
+                _ => CommandFlags::empty(),
+            };
+        if !allowed.contains(request.flags) {
+            return Err(Errno::EINVAL);
+        }
+        let is_change = matches!(
+            command,
+            Command::Write | Command::WriteZeroes | Command::Trim
+        );
+        if is_change && !self.service.writable {
+            return Err(Errno::EPERM);
+        }
+        if command == Command::Resize {
+            return Err(Errno::EINVAL);
+        }
+        if command == Command::Read && request.length > u64::from(MAX_PAYLOAD) {
+            return Err(Errno::EOVERFLOW);
+        }
+        let has_effect_payload =
+            command == Command::BlockStatus && request.flags.contains(CommandFlags::PAYLOAD_LEN);
+        let size = self.service.backend.size();
+        let is_inside = request
+            .offset
+            .checked_add(request.length)
+            .is_some_and(|end| end <= size);
+        if !is_inside && !has_effect_payload && command != Command::Flush {
+            return Err(match command {
+                Command::Write | Command::WriteZeroes => Errno::ENOSPC,
+                _ => Errno::EINVAL,
+            });
+        }
+        if command == Command::BlockStatus
+            && (self.service.manner.contexts.is_empty() || request.length == 0)
+        {
+            return Err(Errno::EINVAL);
+        }
+        Ok(())
+    }
+
+    /// Reads at once into the outgoing message, if nothing has to be waited for.
+    fn try_read(&self, request: &Request) -> Outcome {
+        if request.length == 0 || request.length > SHORT {
+            return Outcome::Later;
+        }
+        let style = self.service.manner.style;
+        let front = style.read_header_size();
+        let Ok(length) = u32::try_from(request.length) else {
+            return Outcome::Later;
+        };
+        let total = front + length as usize;
+        let reserved = self.outbox.borrow().reserve(total);
+        let Some(memory) = reserved else {
+            return Outcome::Later;
+        };
+        let data = memory.slice(front..total).into();
+        match self.service.backend.try_read(request.offset, &data) {
+            Some(Ok(())) => {
+                let head = style.read_header(request, request.offset, length, true);
+                memory.write_at(0, head.as_bytes());
+                self.outbox.borrow_mut().commit(total);
+                Outcome::Done
+            }
+            Some(Err(errno)) => Outcome::Result(Err(errno)),
+            None => Outcome::Later,
+        }
+    }
+
+    /// Writes at once, if nothing has to be waited for.
+    fn try_write(&self, request: &Request, payload: &IoBuffer) -> Outcome {
+        if self.is_durable(request) {
+            return Outcome::Later;
+        }
+        let data = payload.clone().into();
+        match self.service.backend.try_write(request.offset, &data) {
+            Some(result) => Outcome::Result(result),
+            None => Outcome::Later,
+        }
+    }
+
+    fn is_durable(&self, request: &Request) -> bool {
+        self.service.writethrough || request.flags.contains(CommandFlags::FUA)
+    }
+
+    /// Makes a request a task. Its payload is a buffer from [`FRONT`] on, and its length.
+    fn spawn(self: &Rc<Self>, request: Request, payload: Option<(IoBuffer, usize)>) {
+        let data = if request.command() == Some(Command::Read) {
+            request.length
+        } else {
+            0
+        };
+        let held = payload.as_ref().map_or(0, |(_, length)| *length);
+        let memory = OVERHEAD + held + usize::try_from(data).unwrap_or(0);
+        self.requests.set(self.requests.get() + 1);
+        self.bytes.set(self.bytes.get() + memory);
+        let connection = Rc::clone(self);
+        spawn_local(async move {
+            connection.serve_later(&request, payload).await;
+            connection.requests.set(connection.requests.get() - 1);
+            connection.bytes.set(connection.bytes.get() - memory);
+            connection.flush();
+            connection.ended.notify_one();
+        });
+    }
+
+    async fn serve_later(self: &Rc<Self>, request: &Request, payload: Option<(IoBuffer, usize)>) {
+        match request.command() {
+            Some(Command::Read) => self.read(request).await,
+            Some(Command::BlockStatus) => self.status(request, payload.as_ref()).await,
+            command => {
+                let result = self.execute(command, request, payload.as_ref()).await;
+                self.reply(request, result);
+            }
+        }
+        if let Some((whole, _)) = payload {
+            self.payloads.put(whole);
+        }
+    }
+
+    /// Does what gives nothing but a result.
+    async fn execute(
+        &self,
+        command: Option<Command>,
+        request: &Request,
+        payload: Option<&(IoBuffer, usize)>,
+    ) -> Result<(), Errno> {
+        let backend = &self.service.backend;
+        let durable = self.is_durable(request);
+        match command {
+            Some(Command::Write) => {
+                let Some((whole, length)) = payload else {
+                    return if durable {
+                        backend.flush().await
+                    } else {
+                        Ok(())
+                    };
+                };
+                let data = whole.slice(FRONT..FRONT + length).into();
+                backend.write(request.offset, data, durable).await
+            }
+            Some(Command::WriteZeroes) => {
+                let mut flags = ZeroFlags::empty();
+                flags.set(
+                    ZeroFlags::MAY_UNMAP,
+                    !request.flags.contains(CommandFlags::NO_HOLE),
+                );
+                flags.set(
+                    ZeroFlags::NO_FALLBACK,
+                    request.flags.contains(CommandFlags::FAST_ZERO),
+                );
+                flags.set(ZeroFlags::DURABLE, durable);
+                if request.length == 0 {
+                    return Ok(());
+                }
+                backend
+                    .write_zeroes(request.offset, request.length, flags)
+                    .await
+            }
+            Some(Command::Trim) => {
+                if request.length > 0 {
+                    backend.discard(request.offset, request.length).await?;
+                }
+                if durable {
+                    backend.flush().await
+                } else {
+                    Ok(())
+                }
+            }
+            Some(Command::Flush) => backend.flush().await,
+            Some(Command::Cache) => self.cache(request.offset, request.length).await,
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// Reads a range and forgets it, so that it is in the page cache, and copied up by a node that copies on read.
+    async fn cache(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        const STEP: usize = 1 << 20;
+        let whole = self.payloads.take(STEP);
+        let end = offset + length;
+        let mut at = offset;
+        let mut result = Ok(());
+        while at < end && result.is_ok() {
+            let part = usize::try_from(end - at).map_or(STEP, |left| left.min(STEP));
+            let memory = whole.slice(FRONT..FRONT + part).into();
+            result = self.service.backend.read(at, memory).await;
+            at += part as u64;
+        }
+        self.payloads.put(whole);
+        result
+    }
+
+    async fn read(&self, request: &Request) {
+        let style = self.service.manner.style;
+        let (Ok(length), Ok(size)) = (
+            u32::try_from(request.length),
+            usize::try_from(request.length),
+        ) else {
+            return self.reply(request, Err(Errno::EINVAL));
+        };
+        if length == 0 {
+            return self.reply(request, Ok(()));
+        }
+        let may_have_holes = style != Style::Simple
+            && !request.flags.contains(CommandFlags::DF)
+            && request.length > SHORT;
+        if may_have_holes {
+            let backend = &self.service.backend;
+            let found = extents::of(
+                MetaContext::Allocation,
+                backend,
+                request.offset,
+                request.length,
+                false,
+            )
+            .await;
+            // Where it cannot be told, there is data.
+            if let Ok(found) = found
+                && found.iter().any(|extent| extent.is_zero())
+                && found.iter().map(|extent| extent.length).sum::<u64>() == request.length
+            {
+                return self.read_sparse(request, &found).await;
+            }
+        }
+        let whole = self.payloads.take(size);
+        let result = self
+            .fill(request.offset, &whole.slice(FRONT..FRONT + size))
+            .await;
+        match result {
+            Ok(()) => self.send_data(request, request.offset, whole, size, true),
+            Err(errno) => {
+                self.payloads.put(whole);
+                self.reply(request, Err(errno));
+            }
+        }
+    }
+
+    async fn fill(&self, offset: u64, memory: &IoBuffer) -> Result<(), Errno> {
+        let memory: IoVec = memory.clone().into();
+        match self.service.backend.try_read(offset, &memory) {
+            Some(result) => result,
+            None => self.service.backend.read(offset, memory).await,
+        }
+    }
+
+    /// Sends data with its header in front.
+    fn send_data(
+        &self,
+        request: &Request,
+        offset: u64,
+        whole: IoBuffer,
+        size: usize,
+        is_last: bool,
+    ) {
+        let style = self.service.manner.style;
+        let length = u32::try_from(size).expect("a read is at most MAX_PAYLOAD");
+        let head = style.read_header(request, offset, length, is_last);
+        let start = FRONT - head.as_bytes().len();
+        whole.write_at(start, head.as_bytes());
+        self.outbox
+            .borrow_mut()
+            .push_payload(whole, start..FRONT + size);
+    }
+
+    /// Sends data where there is some, and word of holes where there is none.
+    async fn read_sparse(&self, request: &Request, extents: &[extents::Extent]) {
+        let style = self.service.manner.style;
+        let mut at = request.offset;
+        for (index, extent) in extents.iter().enumerate() {
+            let is_last = index + 1 == extents.len();
+            let (Ok(length), Ok(size)) =
+                (u32::try_from(extent.length), usize::try_from(extent.length))
+            else {
+                return self.reply(request, Err(Errno::EINVAL));
+            };
+            if extent.is_zero() {
+                let hole = style.hole(request, at, length, is_last);
+                self.outbox.borrow_mut().push(hole);
+            } else {
+                let whole = self.payloads.take(size);
+                if let Err(errno) = self.fill(at, &whole.slice(FRONT..FRONT + size)).await {
+                    self.payloads.put(whole);
+                    return self.reply(request, Err(errno));
+                }
+                self.send_data(request, at, whole, size, is_last);
+            }
+            at += extent.length;
+        }
+    }
+
+    async fn status(&self, request: &Request, payload: Option<&(IoBuffer, usize)>) {
+        let asked = match payload {
+            None => Ok((request.length, self.service.manner.contexts.clone())),
+            Some((whole, length)) => {
+                let payload = whole.slice(FRONT..FRONT + length).to_vec();
+                self.filter(request, &payload)
+            }
+        };
+        let (length, contexts) = match asked {
+            Ok(asked) => asked,
+            Err(errno) => return self.reply(request, Err(errno)),
+        };
+        let one = request.flags.contains(CommandFlags::REQ_ONE);
+        let style = self.service.manner.style;
+        let backend = &self.service.backend;
+        let mut chunks = Vec::new();
+        for context in contexts {
+            match extents::of(context, backend, request.offset, length, one).await {
+                Ok(found) => chunks.push(extents::encode(style, context, &found)),
+                Err(errno) => return self.reply(request, Err(errno)),
+            }
+        }
+        let count = chunks.len();
+        if count == 0 {
+            return self.reply(request, Ok(()));
+        }
+        let mut outbox = self.outbox.borrow_mut();
+        for (index, chunk) in chunks.into_iter().enumerate() {
+            outbox.push(style.status(request, &chunk, index + 1 == count));
+        }
+    }
+
+    /// What a block status with a payload asks for: a length, and some of the contexts that were agreed on.
+    fn filter(&self, request: &Request, payload: &[u8]) -> Result<(u64, Vec<MetaContext>), Errno> {
+        let (length, ids) = payload.split_first_chunk().ok_or(Errno::EINVAL)?;
+        let length = u64::from_be_bytes(*length);
+        let end = request.offset.checked_add(length);
+        if length == 0 || end.is_none_or(|end| end > self.service.backend.size()) {
+            return Err(Errno::EINVAL);
+        }
+        let mut contexts = Vec::new();
+        let mut chunks = ids.chunks_exact(4);
+        for id in &mut chunks {
+            let id = u32::from_be_bytes([id[0], id[1], id[2], id[3]]);
+            let mut agreed = self.service.manner.contexts.iter();
+            let context = agreed
+                .find(|context| context.id() == id)
+                .ok_or(Errno::EINVAL)?;
+            if contexts.contains(context) {
+                return Err(Errno::EINVAL);
+            }
+            contexts.push(*context);
+        }
+        if !chunks.remainder().is_empty() {
+            return Err(Errno::EINVAL);
+        }
+        Ok((length, contexts))
+    }
+
+    /// Puts a reply without data on its way.
+    fn reply(&self, request: &Request, result: Result<(), Errno>) {
+        let bytes = self.service.manner.style.result(request, result);
+        self.outbox.borrow_mut().push(bytes);
+    }
+
+    /// Sends what waits; what the client does not take at once is left to a task.
+    fn flush(self: &Rc<Self>) {
+        if self.sending.get() || self.broken.get() {
+            return;
+        }
+        loop {
+            let front = self.outbox.borrow().front();
+            if front.is_empty() {
+                return;
+            }
+            match self.stream.try_write(&front) {
+                Ok(count) => self.note_sent(count),
+                Err(Errno::EAGAIN) => break,
+                Err(_) => return self.break_off(),
+            }
+        }
+        self.sending.set(true);
+        let connection = Rc::clone(self);
+        spawn_local(async move {
+            loop {
+                let front = connection.outbox.borrow().front();
+                if front.is_empty() {
+                    break;
+                }
+                match connection.stream.write_when_ready(front).await {
+                    Ok(count) => connection.note_sent(count),
+                    Err(_) => {
+                        connection.break_off();
+                        break;
+                    }
+                }
+                connection.ended.notify_one();
+            }
+            connection.sending.set(false);
+            connection.ended.notify_one();
+        });
+    }
+
+    fn note_sent(&self, count: usize) {
+        let mut outbox = self.outbox.borrow_mut();
+        outbox.sent(count, |memory| self.payloads.put(memory));
+    }
+
+    /// Nothing more can be sent. The loop that reads finds the end of the stream by itself, and must not wait for room.
+    fn break_off(&self) {
+        self.broken.set(true);
+        let waiting = self.outbox.borrow().bytes();
+        self.note_sent(waiting);
+    }
+
+    /// Gives memory back when no request has come for a while.
+    fn trim_when_idle(self: &Rc<Self>) {
+        if self.trimming.replace(true) {
+            return;
+        }
+        let connection = Rc::downgrade(self);
+        spawn_local(async move {
+            loop {
+                let Some(before) = connection.upgrade().map(|held| held.activity.get()) else {
+                    return;
+                };
+                stord_aio::time::sleep(IDLE).await;
+                let Some(connection) = connection.upgrade() else {
+                    return;
+                };
+                if connection.activity.get() == before {
+                    connection.payloads.trim();
+                    connection.trimming.set(false);
+                    return;
+                }
+            }
+        });
+    }
+}

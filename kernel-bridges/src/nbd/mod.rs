@@ -1,0 +1,26 @@
+//! The NBD server and its exports.
+//!
+//! ```text
+//! server       listens, lets clients in, sees to the limits              (control thread)
+//!   handshake    finds out what a client wants; offers the exports       (channel: plain or TLS)
+//!   export       an export, its clients and their end
+//!     connection   serves one client on one context                      (inbox, outbox, payloads: memory; request, reply: wire)
+//!       extents      block status and sparse reads
+//! ```
+//!
+//! The wire format is the client's too: `stord_block::drivers::protocol::nbd::wire`.
+
+mod channel;
+mod connection;
+mod export;
+mod extents;
+mod handshake;
+mod inbox;
+mod outbox;
+mod payloads;
+mod reply;
+mod request;
+mod server;
+
+pub(crate) use export::NbdExport;
+pub(crate) use server::NbdServer;
