@@ -264,9 +264,8 @@ impl Server {
                 }
             }
             Action::NbdServer => {
-                return Err(Error::generic(
-                    "the NBD server is not supported by stord yet",
-                ));
+                let options = from_keyval(&value, None)?;
+                self.daemon.exports.nbd_server_start(options).await?;
             }
             Action::Operand => return Err(Error::generic("Unexpected argument")),
         }

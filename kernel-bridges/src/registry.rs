@@ -4,6 +4,9 @@
 //! left: its users are gone, its backend is detached, its `iothread`s are released. Only then is its end announced, so that whoever
 //! hears of it can use its id, its node and its mountpoint again.
 
+mod directory;
+mod nbd;
+
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,8 +26,7 @@ use crate::export::{Ended, Export, Parts};
 use crate::fuse::{
     Contents, FileOptions, FuseExport, FuseOptions, ResizeRequest, check_mountpoint, serve_resizes,
 };
-
-mod directory;
+use crate::nbd::NbdServer;
 
 pub use directory::{DirectoryExport, DirectoryFile};
 
@@ -49,6 +51,7 @@ pub struct ExportRegistry {
     contexts: Rc<Contexts>,
     events: Box<dyn Fn(ExportEvent)>,
     exports: RefCell<Vec<Rc<Entry>>>,
+    nbd: NbdServer,
 }
 
 /// One export, from the taking of its id to its end.
@@ -91,6 +94,7 @@ impl ExportRegistry {
             contexts,
             events: Box::new(events),
             exports: RefCell::default(),
+            nbd: NbdServer::default(),
         })
     }
 
@@ -100,6 +104,10 @@ impl ExportRegistry {
     /// The id or the mountpoint is taken, the node cannot be exported so, or the kernel refuses. Nothing is left then.
     pub async fn add(self: &Rc<Self>, options: BlockExportOptions) -> Result<(), Error> {
         let (kind, mountpoint) = match &options.kind {
+            BlockExportKind::Nbd(nbd) => {
+                self.check_nbd(nbd, node.name())?;
+                (BlockExportType::Nbd, None)
+            }
             BlockExportKind::Fuse(fuse) => (BlockExportType::Fuse, Some(fuse.mountpoint.clone())),
         };
         let entry = self.enter(&options.id, kind, &options.node_name, mountpoint)?;
@@ -149,6 +157,7 @@ impl ExportRegistry {
         let placement = self.place(options.iothread.as_ref())?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
+            BlockExportKind::Nbd(_) => false,
             BlockExportKind::Fuse(fuse) => writable && fuse.growable.unwrap_or(false),
         };
         let attached = self.attach(&options.node_name, &options.id, writable, growable);
@@ -166,6 +175,7 @@ impl ExportRegistry {
             writethrough: options.writethrough.unwrap_or(false),
         };
         let started = match &options.kind {
+            BlockExportKind::Nbd(nbd) => self.start_nbd(entry, nbd, parts),
             BlockExportKind::Fuse(fuse) => self.start_fuse(entry, fuse, parts).await,
         };
         match started {
@@ -382,10 +392,17 @@ impl ExportRegistry {
             .collect()
     }
 
-    /// Removes all exports, and returns when the last is gone.
+    /// Removes all exports, and returns when the last is gone and the NBD server has stopped.
     pub async fn close_all(self: &Rc<Self>) {
+        self.close(|_| true).await;
+        self.nbd.stop();
+    }
+
+    /// Removes some exports, and returns when the last is gone.
+    async fn close(self: &Rc<Self>, which: impl Fn(&Entry) -> bool) {
         loop {
-            let entries = self.exports.borrow().clone();
+            let mut entries = self.exports.borrow().clone();
+            entries.retain(|entry| which(entry));
             let Some(first) = entries.first() else { return };
             for entry in &entries {
                 self.request_shutdown(entry);

@@ -68,8 +68,18 @@ Storage daemon: serves disk images to the host, controlled over QMP
            [,growable=on|off][,writable=on|off][,allow-other=on|off|auto]
                          show a block node as a file through FUSE
 
+  --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<export-name>]
+           [,description=<text>][,writable=on|off]
+                         show a block node to clients of the NBD server
+
   --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
                          speak QMP on a character device
+
+  --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
+               [,max-connections=<n>][,handshake-max-seconds=<n>]
+  --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
+               [,handshake-max-seconds=<n>]
+                         start the NBD server
 
   --object help          list the object types
   --object <type>,help   list the properties of an object type

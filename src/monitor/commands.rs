@@ -9,6 +9,7 @@ use stord_qmp::schema::control::{VersionInfo, VersionTriple};
 use stord_qmp::schema::export::{
     BlockExportDel, BlockExportDeleted, BlockExportOptions, BlockExportRemoveMode,
 };
+use stord_qmp::schema::nbd::{NbdServerAddOptions, NbdServerOptionsLegacy, NbdServerRemove};
 
 use super::{chardevs, jobs, nodes, objects};
 use crate::daemon::Daemon;
@@ -32,6 +33,7 @@ pub fn registry() -> Registry<Daemon> {
     add_control(&mut registry);
     add_nodes(&mut registry);
     add_exports(&mut registry);
+    add_nbd(&mut registry);
     objects::add(&mut registry);
     chardevs::add(&mut registry);
     jobs::add(&mut registry);
@@ -105,6 +107,35 @@ async fn resize(daemon: &Daemon, arguments: BlockResize) -> Result<(), Error> {
     let size =
         u64::try_from(size).map_err(|_| Error::generic("Parameter 'size' expects a >0 size"))?;
     daemon.graph.resize(&node, size).await
+}
+
+fn add_nbd(registry: &mut Registry<Daemon>) {
+    registry.add(
+        "nbd-server-start",
+        |daemon: Rc<Daemon>, options: NbdServerOptionsLegacy| async move {
+            daemon.exports.nbd_server_start(options.into()).await
+        },
+    );
+    registry
+        .add(
+            "nbd-server-add",
+            |daemon: Rc<Daemon>, options: NbdServerAddOptions| async move {
+                daemon.exports.nbd_server_add(options).await
+            },
+        )
+        .features(&["deprecated"]);
+    registry
+        .add(
+            "nbd-server-remove",
+            |daemon: Rc<Daemon>, NbdServerRemove { name, mode }| async move {
+                let mode = mode.unwrap_or(BlockExportRemoveMode::Safe);
+                daemon.exports.nbd_server_remove(&name, mode).await
+            },
+        )
+        .features(&["deprecated"]);
+    registry.add("nbd-server-stop", |daemon: Rc<Daemon>, (): ()| async move {
+        daemon.exports.nbd_server_stop().await
+    });
 }
 
 fn add_exports(registry: &mut Registry<Daemon>) {

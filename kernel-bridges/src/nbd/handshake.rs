@@ -7,9 +7,9 @@ use std::io;
 use std::rc::Rc;
 
 use stord_block::drivers::protocol::nbd::wire::{
-    BASE_ALLOCATION, ExportInfo, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting,
-    INIT_MAGIC, InfoKind, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionKind,
-    OptionReply, OptionReplyHeader, TransmissionFlags,
+    BASE_ALLOCATION, ExportInfo, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting, INIT_MAGIC,
+    InfoKind, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionKind, OptionReply,
+    OptionReplyHeader, TransmissionFlags,
 };
 use zerocopy::{FromZeros as _, IntoBytes};
 

@@ -23,4 +23,4 @@ mod request;
 mod server;
 
 pub(crate) use export::NbdExport;
-pub(crate) use server::NbdServer;
+pub(crate) use server::{NbdServer, NbdServerSettings};

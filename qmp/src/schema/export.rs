@@ -25,12 +25,39 @@ pub struct BlockExportOptions {
     pub allow_inactive: Option<bool>,
 }
 
+impl BlockExportOptions {
+    /// An export of the given type with every common option at its default.
+    pub fn new(kind: BlockExportKind, id: impl Into<String>, node_name: impl Into<String>) -> Self {
+        Self {
+            kind,
+            id: id.into(),
+            fixed_iothread: None,
+            iothread: None,
+            node_name: node_name.into(),
+            writable: None,
+            writethrough: None,
+            allow_inactive: None,
+        }
+    }
+}
+
 /// A type of export and its own options.
 #[derive(Clone, Debug, PartialEq, Qapi)]
 #[qapi(union)]
 pub enum BlockExportKind {
+    /// A disk that clients of the NBD server see.
+    Nbd(BlockExportOptionsNbd),
     /// A regular file in a file system of its own.
     Fuse(BlockExportOptionsFuse),
+}
+
+/// Options of an NBD export.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Qapi)]
+pub struct BlockExportOptionsNbd {
+    /// The name that clients ask for; default the node's.
+    pub name: Option<String>,
+    /// What it is, for people; at most 4096 bytes.
+    pub description: Option<String>,
 }
 
 /// The iothreads of an export.
@@ -82,6 +109,8 @@ pub enum FuseExportAllowOther {
 /// The types of export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
 pub enum BlockExportType {
+    /// A disk that clients of the NBD server see.
+    Nbd,
     /// A regular file in a file system of its own.
     Fuse,
 }

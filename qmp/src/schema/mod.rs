@@ -11,6 +11,7 @@ pub mod export;
 pub mod introspect;
 pub mod job;
 pub mod monitor;
+pub mod nbd;
 pub mod node_info;
 pub mod object;
 pub mod socket;

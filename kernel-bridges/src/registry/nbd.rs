@@ -1,0 +1,147 @@
+//! The NBD server among the exports: it runs or not, and exports of its type need it.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use stord_block::drivers::protocol::nbd::wire::MAX_STRING;
+use stord_qmp::Error;
+use stord_qmp::schema::export::{
+    BlockExportKind, BlockExportOptions, BlockExportOptionsNbd, BlockExportRemoveMode,
+    BlockExportType,
+};
+use stord_qmp::schema::nbd::{NbdServerAddOptions, NbdServerOptions};
+
+use super::{Entry, ExportRegistry};
+use crate::export::{Ended, Export, Parts};
+use crate::nbd::{NbdExport, NbdServerSettings};
+
+/// A handshake may last so many seconds, unless told otherwise.
+const HANDSHAKE_SECONDS: u32 = 10;
+/// So many clients may be connected, unless told otherwise.
+const MAX_CONNECTIONS: u32 = 100;
+
+impl ExportRegistry {
+    /// Starts the NBD server.
+    ///
+    /// # Errors
+    /// It runs already, or the address cannot be had.
+    pub async fn nbd_server_start(&self, options: NbdServerOptions) -> Result<(), Error> {
+        let NbdServerOptions {
+            handshake_max_seconds,
+            max_connections,
+            addr,
+        } = options;
+        let seconds = handshake_max_seconds.unwrap_or(HANDSHAKE_SECONDS);
+        self.nbd
+            .start(NbdServerSettings {
+                address: addr.address,
+                handshake_limit: Duration::from_secs(seconds.into()),
+                max_connections: max_connections.unwrap_or(MAX_CONNECTIONS),
+            })
+            .await
+    }
+
+    /// Exports a node by the NBD server, under an id that is the export's name.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add); the server does not run.
+    pub async fn nbd_server_add(
+        self: &Rc<Self>,
+        options: NbdServerAddOptions,
+    ) -> Result<(), Error> {
+        let NbdServerAddOptions {
+            name,
+            description,
+            device,
+            writable,
+        } = options;
+        self.nbd.check_running()?;
+        let node = self.graph.find(&device).map_err(|_| {
+            Error::generic(format!(
+                "Cannot find device='{device}' nor node-name='{device}'"
+            ))
+        })?;
+        let node_name = node.name().to_owned();
+        // A node that cannot be written is exported all the same, for reading.
+        let writable = writable.map(|writable| writable && !node.is_read_only());
+        drop(node);
+        let name = name.unwrap_or(device);
+        self.add(BlockExportOptions {
+            writable,
+            ..BlockExportOptions::new(
+                BlockExportKind::Nbd(BlockExportOptionsNbd {
+                    name: Some(name.clone()),
+                    description,
+                }),
+                name,
+                node_name,
+            )
+        })
+        .await
+    }
+
+    /// Removes an export of the NBD server.
+    ///
+    /// # Errors
+    /// As [`del`](Self::del); the server does not run, or the export is another's.
+    pub async fn nbd_server_remove(
+        self: &Rc<Self>,
+        name: &str,
+        mode: BlockExportRemoveMode,
+    ) -> Result<(), Error> {
+        if let Some(entry) = self.find(name)
+            && entry.kind != BlockExportType::Nbd
+        {
+            return Err(Error::generic(format!(
+                "Block export '{name}' is not an NBD export"
+            )));
+        }
+        self.del(name, mode).await
+    }
+
+    /// Removes every export of the NBD server and stops it.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub async fn nbd_server_stop(self: &Rc<Self>) -> Result<(), Error> {
+        self.nbd.check_running()?;
+        self.close(|entry| entry.kind == BlockExportType::Nbd).await;
+        self.nbd.stop();
+        Ok(())
+    }
+
+    /// Sees that an NBD export can be made.
+    pub(super) fn check_nbd(
+        &self,
+        options: &BlockExportOptionsNbd,
+        node_name: &str,
+    ) -> Result<(), Error> {
+        self.nbd.check_running()?;
+        let name = options.name.as_deref().unwrap_or(node_name);
+        if name.len() > MAX_STRING {
+            return Err(Error::generic(format!("export name '{name}' too long")));
+        }
+        if let Some(description) = &options.description
+            && description.len() > MAX_STRING
+        {
+            return Err(Error::generic(format!(
+                "description '{description}' too long"
+            )));
+        }
+        self.nbd.check_name(name)
+    }
+
+    pub(super) fn start_nbd(
+        &self,
+        entry: &Entry,
+        options: &BlockExportOptionsNbd,
+        parts: Parts,
+    ) -> Result<(Rc<dyn Export>, Ended), Error> {
+        let name = options.name.clone();
+        let name = name.unwrap_or_else(|| entry.node_name.clone());
+        let export = NbdExport::new(name, options.description.clone(), parts);
+        self.nbd.offer(&export)?;
+        let ended = export.ended();
+        Ok((export, ended))
+    }
+}
