@@ -32,7 +32,7 @@ const MAX_REQUESTS: usize = 1024;
 /// Memory that a request uses besides its payload, in bytes.
 const OVERHEAD: usize = 1024;
 /// Reads up to this length are answered from the arena of the outbox, in bytes.
-const SHORT: u64 = 32 << 10;
+const SHORT: u32 = 32 << 10;
 /// So many requests are served before replies leave and other tasks of the context get their turn.
 const BURST: u32 = 64;
 /// After no request for a while, free memory is given back.
@@ -216,7 +216,7 @@ impl Connection {
                 let received = inbox.front(payload);
                 self.begin(request, Some(received));
                 inbox.consume(payload);
-            } else if Inbox::holds(header + payload) && payload < SHORT as usize {
+            } else if Inbox::holds(header + payload) && request.length < SHORT.into() {
                 // The rest comes with the next bytes.
                 break;
             } else {
@@ -355,7 +355,7 @@ impl Connection {
 
     /// Reads at once into the outgoing message, if nothing has to be waited for.
     fn try_read(&self, request: &Request) -> Outcome {
-        if request.length == 0 || request.length > SHORT {
+        if request.length == 0 || request.length > SHORT.into() {
             return Outcome::Later;
         }
         let style = self.service.manner.style;
@@ -517,7 +517,7 @@ impl Connection {
         }
         let may_have_holes = style != Style::Simple
             && !request.flags.contains(CommandFlags::DF)
-            && request.length > SHORT;
+            && request.length > SHORT.into();
         if may_have_holes {
             let backend = &self.service.backend;
             let found = extents::of(
