@@ -104,10 +104,7 @@ impl ExportRegistry {
     /// The id or the mountpoint is taken, the node cannot be exported so, or the kernel refuses. Nothing is left then.
     pub async fn add(self: &Rc<Self>, options: BlockExportOptions) -> Result<(), Error> {
         let (kind, mountpoint) = match &options.kind {
-            BlockExportKind::Nbd(nbd) => {
-                self.check_nbd(nbd, node.name())?;
-                (BlockExportType::Nbd, None)
-            }
+            BlockExportKind::Nbd(_) => (BlockExportType::Nbd, None),
             BlockExportKind::Fuse(fuse) => (BlockExportType::Fuse, Some(fuse.mountpoint.clone())),
         };
         let entry = self.enter(&options.id, kind, &options.node_name, mountpoint)?;
@@ -154,6 +151,9 @@ impl ExportRegistry {
         entry: &Rc<Entry>,
         options: &BlockExportOptions,
     ) -> Result<(), Error> {
+        if let BlockExportKind::Nbd(nbd) = &options.kind {
+            self.check_nbd(nbd, &entry.node_name)?;
+        }
         let placement = self.place(options.iothread.as_ref())?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
