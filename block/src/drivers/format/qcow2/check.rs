@@ -21,6 +21,7 @@ mod tables;
 
 use std::ops::Range;
 
+use stord_aio::Errno;
 use stord_qmp::Error;
 
 pub use self::report::{Repair, Report};
@@ -32,7 +33,7 @@ use self::rebuild::{Space, rebuild};
 use self::report::CheckError;
 use self::snapshots::SnapshotTable;
 use self::survey::{Subject, Survey};
-use super::header::Header;
+use super::header::{Header, strerror};
 use super::layout::{Autoclear, Incompatible};
 use crate::backend::Backend;
 use crate::driver::FILE;
@@ -54,6 +55,27 @@ pub async fn check(file: &Backend, repair: Repair) -> Result<Report, Error> {
         edge.set_node(Some(request.node.clone()));
     }
     check_children(&children, repair).await
+}
+
+/// Repairs an image whose dirty bit says that its refcounts may be wrong, before it is written to.
+///
+/// # Errors
+/// The refcounts cannot be made right. Other damage may stay: as in the reference, it does not keep the image from being used.
+pub(super) async fn repair_dirty(children: &Children) -> Result<(), Error> {
+    let failed = |reason: String| Error::generic(format!("Could not repair dirty image: {reason}"));
+    let report = check_children(children, Repair::All)
+        .await
+        .map_err(|error| failed(error.message.clone()).with_source(error))?;
+    if report.check_errors > 0 {
+        return Err(failed(strerror(Errno::EIO)));
+    }
+    if report.corruptions > 0 {
+        tracing::warn!(
+            "qcow2: {} errors are left in an image that was not closed properly",
+            report.corruptions
+        );
+    }
+    Ok(())
 }
 
 pub(super) async fn check_children(children: &Children, repair: Repair) -> Result<Report, Error> {

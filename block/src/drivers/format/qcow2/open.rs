@@ -19,7 +19,7 @@ use super::options::Options;
 use super::pins::Pins;
 use super::single_flight::SingleFlight;
 use super::snapshot::Snapshots;
-use super::{Image, Qcow2};
+use super::{Image, Qcow2, check};
 use crate::driver::{DATA_FILE, ImageLinks};
 use crate::graph::{Children, NodeOptions};
 
@@ -48,12 +48,16 @@ pub async fn open(
     options: BlockdevOptionsQcow2,
     common: NodeOptions,
 ) -> Result<Qcow2, Error> {
-    let header = Header::read(&children).await?;
+    let mut header = Header::read(&children).await?;
     let writable = !common.read_only;
     if writable && header.incompatible().contains(Incompatible::CORRUPT) {
         return Err(Error::generic(
             "qcow2: Image is corrupt; cannot be opened read/write",
         ));
+    }
+    if writable && header.incompatible().contains(Incompatible::DIRTY) {
+        check::repair_dirty(&children).await?;
+        header = Header::read(&children).await?;
     }
     let geometry = header.geometry;
     if geometry.data_file && children.node(DATA_FILE).is_none() {
@@ -102,9 +106,6 @@ pub async fn open(
         resizing: sync::Mutex::new(()),
         cleaning: Cleaning::default(),
     };
-    if writable && image.header().incompatible().contains(Incompatible::DIRTY) {
-        image.repair_dirty().await?;
-    }
     let image = Arc::new(image);
     image.start_cleaning();
     Ok(Qcow2(image))
