@@ -9,6 +9,7 @@ use crate::daemonize::{self, Half};
 use crate::image::check::{self, CheckArgs};
 use crate::image::create::{self, CreateArgs};
 use crate::image::info::{self, InfoArgs};
+use crate::image::map::{self, MapArgs};
 use crate::image::resize::{self, ResizeArgs};
 use crate::mount::{self, MountArgs};
 use crate::report::Origin;
@@ -32,6 +33,7 @@ enum Command {
     Create(CreateArgs),
     Info(InfoArgs),
     Check(CheckArgs),
+    Map(MapArgs),
     Resize(ResizeArgs),
 }
 
@@ -61,6 +63,7 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
         Command::Create(args) => create::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Map(args) => map::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Mount(mount_args) if mount_args.foreground => mount::run(mount_args, None),
         Command::Mount(mount_args) => match daemonize::detach(argv0, args) {

@@ -321,6 +321,18 @@ pub trait Format: Send + Sync {
         Box::pin(async { Err(Errno::ENOTSUP) })
     }
 
+    /// Where space is kept for the bytes from `offset` on, which `map_read` has just called zero and reserved: always `Data`. `None` if
+    /// that is not in memory any more.
+    fn reserved(&self, offset: u64, len: u64) -> Option<Extent> {
+        let _ = (offset, len);
+        None
+    }
+
+    /// Whether much of what the map calls data was never written, so that it is worth asking the child whether it has holes there.
+    fn holds_unwritten<'a>(&'a self) -> IoFuture<'a, bool> {
+        Box::pin(async { Ok(false) })
+    }
+
     /// Says where bytes can be overwritten in place without a change of metadata: always `Data`. `Load` for everything else.
     ///
     /// # Errors

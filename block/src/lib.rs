@@ -21,3 +21,4 @@ pub use backend::{Backend, BackendListener, Total, Totals};
 pub use contexts::Contexts;
 pub use driver::{BlockStatus, ZeroFlags};
 pub use graph::{Graph, Permissions};
+pub use io::{Detail, HostPlace, Location};

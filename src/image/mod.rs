@@ -1,9 +1,10 @@
-//! Commands about images for people: `stord create`, `info`, `check`, `resize`. No daemon runs; an image that is in use is refused by
+//! Commands about images for people: `stord create`, `info`, `check`, `map`, `resize`. No daemon runs; an image that is in use is refused by
 //! its locks.
 
 pub mod check;
 pub mod create;
 pub mod info;
+pub mod map;
 mod replacement;
 pub mod resize;
 mod size;

@@ -1,6 +1,7 @@
 //! `stord create`, `info`, `check`, `resize` and `map`, beside qemu-img.
 
 mod create;
+mod map;
 
 use std::path::Path;
 

@@ -16,7 +16,7 @@ use stord_aio::{Errno, IoVec};
 
 use crate::driver::{BlockStatus, ZeroFlags};
 use crate::graph::{Claim, Node, Permissions};
-use crate::io;
+use crate::io::{self, Detail, Location};
 
 pub(crate) use gate::Gate;
 use gate::Ticket;
@@ -281,6 +281,16 @@ impl Backend {
         let request = self.start().await?;
         request.check_range(offset, len)?;
         io::block_status(&request.node, offset, len).await
+    }
+
+    /// Where the beginning of the range is stored, over the whole backing chain; neighbours that go on there may follow.
+    ///
+    /// # Errors
+    /// `EIO` for a range that is not inside the length; otherwise what the storage says.
+    pub async fn locate(&self, offset: u64, len: u64, detail: Detail) -> Result<Location, Errno> {
+        let request = self.start().await?;
+        request.check_range(offset, len)?;
+        io::locate(&request.node, offset, len, detail).await
     }
 
     /// Changes the length. `exact` forbids a longer result than asked for. The listener is not called for one's own change.

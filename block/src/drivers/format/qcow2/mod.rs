@@ -30,6 +30,7 @@ mod options;
 mod overlap;
 mod pins;
 mod refcount;
+mod reserved;
 mod resize;
 mod single_flight;
 mod snapshot;
@@ -41,7 +42,7 @@ mod writeback;
 mod zero;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
 use stord_aio::sync;
@@ -90,6 +91,8 @@ struct Image {
     snapshots: Snapshots,
     /// Fatal corruption was found; no more requests.
     unusable: AtomicBool,
+    /// What [`Image::holds_unwritten`] found.
+    unwritten: OnceLock<bool>,
     corruption_reported: AtomicBool,
     /// The header says what it must before the first change, so that data may be overwritten.
     armed: AtomicBool,
@@ -186,6 +189,14 @@ impl Format for Qcow2 {
 
     fn read_special<'a>(&'a self, offset: u64, dst: IoVec) -> IoFuture<'a> {
         Box::pin(self.0.read_compressed(offset, dst))
+    }
+
+    fn reserved(&self, offset: u64, len: u64) -> Option<Extent> {
+        self.0.reserved(offset, len)
+    }
+
+    fn holds_unwritten<'a>(&'a self) -> IoFuture<'a, bool> {
+        Box::pin(self.0.holds_unwritten())
     }
 
     fn map_write(&self, offset: u64, len: u64) -> Result<Lookup<Extent>, Errno> {

@@ -1,7 +1,7 @@
 //! Opening: what the image needs beside itself, then the image.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use arc_swap::ArcSwap;
 use stord_aio::sync;
@@ -95,6 +95,7 @@ pub async fn open(
         decompressed: Decompressed::default(),
         snapshots,
         unusable: AtomicBool::new(false),
+        unwritten: OnceLock::new(),
         corruption_reported: AtomicBool::new(false),
         armed: AtomicBool::new(false),
         metadata_places: AtomicU64::new(1),
