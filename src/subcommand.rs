@@ -11,6 +11,7 @@ use crate::image::create::{self, CreateArgs};
 use crate::image::info::{self, InfoArgs};
 use crate::image::map::{self, MapArgs};
 use crate::image::resize::{self, ResizeArgs};
+use crate::image::snapshot::{self, SnapshotArgs};
 use crate::mount::{self, MountArgs};
 use crate::report::Origin;
 use crate::umount::{self, UmountArgs};
@@ -35,6 +36,7 @@ enum Command {
     Check(CheckArgs),
     Map(MapArgs),
     Resize(ResizeArgs),
+    Snapshot(SnapshotArgs),
 }
 
 /// Whether the arguments, the program's name not among them, are for us and not for the daemon.
@@ -65,6 +67,7 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Resize(args) => resize::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
         Command::Mount(mount_args) if mount_args.foreground => mount::run(mount_args, None),
         Command::Mount(mount_args) => match daemonize::detach(argv0, args) {
             Ok(Half::Starter(status)) => status,

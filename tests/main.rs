@@ -18,4 +18,5 @@ mod parallel_writes;
 mod qmp_clients;
 mod schema;
 mod sequences;
+mod snapshots;
 mod writes;

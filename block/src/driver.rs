@@ -21,11 +21,15 @@ use smallvec::SmallVec;
 use stord_aio::{Errno, IoVec};
 use stord_qmp::Error;
 use stord_qmp::schema::block::BlockdevDriver;
+use stord_qmp::schema::node_info::SnapshotInfo;
 
 use crate::graph::{Claim, NodeOptions, Permissions, storage_claim};
 
 /// The future of a request inside the block layer; it stays on the context that made it.
 pub type IoFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T, Errno>> + 'a>>;
+
+/// The future of something that is asked of a driver on behalf of the user, whose failure is told in words.
+pub type DriverFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T, Error>> + 'a>>;
 
 /// The driver of a node.
 pub enum Driver {
@@ -377,10 +381,50 @@ pub trait Format: Send + Sync {
         Box::pin(async { Ok(()) })
     }
 
+    /// The internal snapshots; `None` for a format that has no such thing.
+    fn snapshots(&self) -> Option<&dyn InternalSnapshots> {
+        None
+    }
+
     /// What `query-named-block-nodes` tells of the image beyond the generic members.
     fn info(&self) -> FormatInfo {
         FormatInfo::default()
     }
+}
+
+/// What is known of an internal snapshot before it is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// The name.
+    pub name: String,
+    /// When it is made, in seconds since 1970 UTC.
+    pub date_sec: u32,
+    /// The nanoseconds of that second.
+    pub date_nsec: u32,
+    /// The machine's clock in nanoseconds.
+    pub vm_clock_nsec: u64,
+}
+
+/// Snapshots inside an image. They change only in a drained section, on an I/O context; nobody but the control thread, which is in that
+/// section, asks for changes, so that an index stays good between the list and the change.
+pub trait InternalSnapshots: Send + Sync {
+    /// All of them, in the order of the image.
+    ///
+    /// # Errors
+    /// `ENOTSUP` for an image that cannot have any.
+    fn list(&self) -> Result<Vec<SnapshotInfo>, Errno>;
+
+    /// The length in bytes that the disk had in a snapshot.
+    fn disk_size(&self, index: usize) -> Option<u64>;
+
+    /// Makes a snapshot of the present content. It is on disk when this returns.
+    fn create<'a>(&'a self, new: NewSnapshot) -> IoFuture<'a>;
+
+    /// Deletes a snapshot and gives back the space that only it used.
+    fn delete<'a>(&'a self, index: usize) -> DriverFuture<'a>;
+
+    /// Makes a snapshot's content and length the present ones, and forgets those. The snapshot stays.
+    fn apply<'a>(&'a self, index: usize) -> IoFuture<'a>;
 }
 
 /// What a format tells of its image.
@@ -395,7 +439,7 @@ pub struct FormatInfo {
     /// The stored format of the backing file.
     pub backing_format: Option<String>,
     /// The internal snapshots, if there are any.
-    pub snapshots: Option<Vec<stord_qmp::schema::node_info::SnapshotInfo>>,
+    pub snapshots: Option<Vec<SnapshotInfo>>,
     /// `ImageInfoSpecific` of the format.
     pub specific: Option<stord_qmp::schema::node_info::ImageInfoSpecific>,
 }

@@ -1,4 +1,4 @@
-//! Commands about images for people: `stord create`, `info`, `check`, `map`, `resize`. No daemon runs; an image that is in use is refused by
+//! Commands about images for people: `stord create`, `info`, `check`, `map`, `resize`, `snapshot`. No daemon runs; an image that is in use is refused by
 //! its locks.
 
 pub mod check;
@@ -8,6 +8,7 @@ pub mod map;
 mod replacement;
 pub mod resize;
 mod size;
+pub mod snapshot;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;

@@ -11,7 +11,7 @@ use stord_qmp::schema::export::{
 };
 use stord_qmp::schema::nbd::{NbdServerAddOptions, NbdServerOptionsLegacy, NbdServerRemove};
 
-use super::{chardevs, jobs, nodes, objects};
+use super::{chardevs, jobs, nodes, objects, snapshots};
 use crate::daemon::Daemon;
 
 /// What the greeting and `query-version` report: the version of the interface, not ours, since
@@ -38,6 +38,7 @@ pub fn registry() -> Registry<Daemon> {
     chardevs::add(&mut registry);
     jobs::add(&mut registry);
     nodes::add(&mut registry);
+    snapshots::add(&mut registry);
     registry
 }
 

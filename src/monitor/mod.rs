@@ -9,6 +9,7 @@ pub mod nodes;
 mod objects;
 mod rate;
 mod session;
+mod snapshots;
 
 use std::rc::Rc;
 use std::time::Duration;

@@ -12,6 +12,7 @@ mod node;
 mod open;
 mod permission;
 mod reopen;
+mod snapshots;
 mod statistics;
 mod threshold;
 

@@ -14,6 +14,7 @@ pub mod monitor;
 pub mod nbd;
 pub mod node_info;
 pub mod object;
+pub mod snapshot;
 pub mod socket;
 pub mod statistics;
 

@@ -117,10 +117,10 @@ impl Image {
     }
 
     /// The L2 tables of snapshots, if writes are to be checked against them.
-    async fn inactive_l2(&self) -> Result<Vec<u64>, Errno> {
+    pub(super) async fn inactive_l2(&self) -> Result<Vec<u64>, Errno> {
         let mut tables = Vec::new();
         if self.options.overlap.contains(Overlap::INACTIVE_L2) {
-            for snapshot in &self.snapshots.list {
+            for snapshot in &self.snapshots.load_full().list {
                 let l1 = self
                     .read_table(snapshot.l1_offset, u64::from(snapshot.l1_size))
                     .await?;

@@ -236,6 +236,16 @@ impl SliceCache {
         None
     }
 
+    /// Drops everything. Needs the metadata lock, and nothing may be dirty.
+    pub(super) fn clear(&self) {
+        for set in &self.sets {
+            for (number, place) in set.numbers.iter().zip(&set.slices) {
+                number.store(EMPTY, Ordering::Release);
+                place.store(None);
+            }
+        }
+    }
+
     /// Drops what has not been used since the last call. Needs the metadata lock.
     pub(super) fn drop_unused(&self) {
         for set in &self.sets {

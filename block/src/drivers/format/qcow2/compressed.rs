@@ -50,6 +50,11 @@ impl Decompressed {
         }
     }
 
+    /// Drops everything.
+    pub(super) fn clear(&self) {
+        self.lock().clear();
+    }
+
     /// Drops a cluster whose space is given up.
     pub(super) fn forget(&self, entry: u64) {
         self.lock().retain(|(key, _)| *key != entry);

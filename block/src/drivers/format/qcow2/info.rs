@@ -34,7 +34,7 @@ impl Image {
             dirty: Some(incompatible.contains(Incompatible::DIRTY)),
             backing_file: header.backing_file.clone(),
             backing_format: header.backing_format.clone(),
-            snapshots: self.snapshots.info(),
+            snapshots: self.snapshots.load().info(),
             specific: Some(ImageInfoSpecific {
                 format: ImageInfoSpecificKind::Qcow2(Data { data: specific }),
             }),

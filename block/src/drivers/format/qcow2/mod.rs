@@ -60,8 +60,8 @@ use self::pins::Pins;
 use self::single_flight::SingleFlight;
 use self::snapshot::Snapshots;
 use crate::driver::{
-    ChildId, DATA_FILE, Extent, FILE, Format, FormatInfo, IoFuture, Limits, Lookup, WritePlan,
-    ZeroFlags,
+    ChildId, DATA_FILE, Extent, FILE, Format, FormatInfo, InternalSnapshots, IoFuture, Limits,
+    Lookup, WritePlan, ZeroFlags,
 };
 use crate::graph::Children;
 
@@ -88,7 +88,9 @@ struct Image {
     slices: SliceCache,
     loading: SingleFlight,
     decompressed: Decompressed,
-    snapshots: Snapshots,
+    snapshots: ArcSwap<Snapshots>,
+    /// Refcounts and flags on disk may contradict each other: the dirty bit stays.
+    unsettled: AtomicBool,
     /// Fatal corruption was found; no more requests.
     unusable: AtomicBool,
     /// What [`Image::holds_unwritten`] found.
@@ -225,6 +227,10 @@ impl Format for Qcow2 {
 
     fn close<'a>(&'a self) -> IoFuture<'a> {
         Box::pin(self.0.close())
+    }
+
+    fn snapshots(&self) -> Option<&dyn InternalSnapshots> {
+        Some(self)
     }
 
     fn info(&self) -> FormatInfo {

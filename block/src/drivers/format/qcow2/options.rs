@@ -61,6 +61,7 @@ pub(super) struct Options {
     pub(super) lazy_refcounts: bool,
     pub(super) overlap: Overlap,
     pub(super) pass_request: bool,
+    pub(super) pass_snapshot: bool,
     pub(super) pass_other: bool,
     pub(super) no_unref: bool,
 }
@@ -107,6 +108,7 @@ impl Options {
             lazy_refcounts,
             overlap: overlap(options.overlap_check.as_ref()),
             pass_request: options.pass_discard_request.unwrap_or(common.discard),
+            pass_snapshot: options.pass_discard_snapshot.unwrap_or(true),
             pass_other: options.pass_discard_other.unwrap_or(false),
             no_unref,
         })

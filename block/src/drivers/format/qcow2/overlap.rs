@@ -3,6 +3,8 @@
 //! Tables and blocks of one cluster are in a set by cluster; structures of several clusters are ranges. A slice of an L2 table is
 //! compared with the set once, before the first overwrite through it, and again only after metadata has come to lie elsewhere.
 
+use stord_aio::Errno;
+
 use super::Image;
 use super::layout::{Geometry, OFFSET_MASK, REFTABLE_OFFSET_MASK};
 use super::options::Overlap;
@@ -77,6 +79,11 @@ impl Places {
         }
     }
 
+    /// Counts on from these places, which this one replaces.
+    fn succeed(&mut self, old: &Self) {
+        self.version += old.version + 1;
+    }
+
     /// The number of changes so far; never 0 once there was one.
     pub(super) fn version(&self) -> u64 {
         self.version
@@ -143,12 +150,26 @@ impl Places {
 }
 
 impl Image {
+    /// Finds out anew where metadata lies, after much of it has moved. Space that it has left is free for data again.
+    pub(super) async fn refresh_places(&self) -> Result<(), Errno> {
+        let inactive_l2 = self.inactive_l2().await?;
+        let mut meta = self.meta();
+        if let Some(space) = &mut meta.space {
+            let mut places = self.collect_places(space.refcounts.table(), &inactive_l2);
+            places.succeed(&space.places);
+            space.places = places;
+        }
+        self.note_places(&meta);
+        Ok(())
+    }
+
     /// Collects where metadata lies now. Entries of inactive L1 tables are given by the caller, who read them.
     pub(super) fn collect_places(&self, reftable: &[u64], inactive_l2: &[u64]) -> Places {
         let header = self.header();
         let bits = self.geometry.cluster_bits;
         let mut places = Places::new(self.options.overlap);
         let l1 = self.l1.load();
+        let snapshots = self.snapshots.load();
         places.add_range(
             header.raw.l1_table_offset.get(),
             l1.len() as u64 * 8,
@@ -162,7 +183,7 @@ impl Image {
         );
         places.add_range(
             header.raw.snapshots_offset.get(),
-            self.snapshots.table_bytes,
+            snapshots.table_bytes,
             Overlap::SNAPSHOT_TABLE,
         );
         if let Some(bitmaps) = header.bitmaps {
@@ -172,7 +193,7 @@ impl Image {
                 Overlap::BITMAP_DIRECTORY,
             );
         }
-        for snapshot in &self.snapshots.list {
+        for snapshot in &snapshots.list {
             places.add_range(
                 snapshot.l1_offset,
                 u64::from(snapshot.l1_size) * 8,

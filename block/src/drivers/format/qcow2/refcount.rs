@@ -77,6 +77,11 @@ impl Refcounts {
         self.table = table;
     }
 
+    /// The entries of the table, empty ones at the end left out.
+    pub(super) fn table(&self) -> &[u64] {
+        &self.table
+    }
+
     /// log2 of the entries of a slice.
     fn slice_entry_bits(&self) -> u32 {
         self.slice_bits + 3 - self.geometry.refcount_order

@@ -18,7 +18,7 @@ impl Image {
         if !size.is_multiple_of(512) {
             return Err(Errno::EINVAL);
         }
-        if self.geometry.version < 3 && !self.snapshots.list.is_empty() {
+        if self.geometry.version < 3 && !self.snapshots.load().list.is_empty() {
             // Version 2 does not store the length that a snapshot had.
             return Err(Errno::ENOTSUP);
         }

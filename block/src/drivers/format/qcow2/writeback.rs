@@ -381,6 +381,17 @@ impl Image {
         if !self.armed.load(Ordering::Acquire) || self.unusable.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.write_out().await?;
+        let is_dirty = self.header().incompatible().contains(Incompatible::DIRTY);
+        if is_dirty && !self.unsettled.load(Ordering::Acquire) {
+            self.change_header(|header| header.set_incompatible(Incompatible::DIRTY, false))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Brings everything to disk, late refcounts included.
+    pub(super) async fn write_out(&self) -> Result<(), Errno> {
         let _order = self.writing_back.lock().await;
         loop {
             let before = self.meta().frees.len();
@@ -389,12 +400,7 @@ impl Image {
                 break;
             }
         }
-        self.flush_file().await?;
-        if self.header().incompatible().contains(Incompatible::DIRTY) {
-            self.change_header(|header| header.set_incompatible(Incompatible::DIRTY, false))
-                .await?;
-        }
-        Ok(())
+        self.flush_file().await
     }
 
     /// Whether everything is on disk; space that is still pinned stays lost, if the last round has changed nothing about it.

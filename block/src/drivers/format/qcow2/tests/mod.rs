@@ -9,4 +9,5 @@ mod made;
 mod model;
 mod races;
 mod reading;
+mod snapshots;
 mod workload;
