@@ -14,8 +14,14 @@ pub mod drivers;
 pub mod graph;
 mod io;
 pub mod job;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod testing;
+
+/// What coverage-guided fuzzing drives (`tests/fuzz`).
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    pub use crate::drivers::format::qcow2::fuzzing::*;
+}
 
 pub use backend::{Backend, BackendListener, Total, Totals};
 pub use contexts::Contexts;

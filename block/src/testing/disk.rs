@@ -13,7 +13,7 @@ use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
 use crate::graph::Permissions;
 use crate::testing::Random;
 
-/// The disk grows no longer than this, in bytes.
+/// The disk grows no longer than this, unless told otherwise; in bytes.
 const LARGEST: u64 = 1 << 30;
 /// What a disk writes as a whole or not at all, in bytes.
 pub(super) const SECTOR: usize = 512;
@@ -99,6 +99,7 @@ struct Inner {
     /// Where operations are recorded, and under which number.
     journal: Option<(usize, Journal)>,
     tear: Option<Random>,
+    largest: Option<u64>,
     fault: Option<FaultCheck>,
     hold: Option<HoldCheck>,
     /// Requests held back so far.
@@ -148,6 +149,11 @@ impl MemoryDisk {
         check: impl FnMut(Fault, u64, u64) -> Option<Errno> + Send + 'static,
     ) {
         self.lock().fault = Some(Box::new(check));
+    }
+
+    /// The disk grows no longer than this, in bytes.
+    pub(crate) fn limit(&self, largest: u64) {
+        self.lock().largest = Some(largest);
     }
 
     /// No more failures.
@@ -219,7 +225,9 @@ impl MemoryDisk {
                         }
                         Err(errno)
                     }
-                    None if kind == Fault::Write && offset.saturating_add(len) > LARGEST => {
+                    None if matches!(kind, Fault::Write | Fault::Truncate)
+                        && offset.saturating_add(len) > inner.largest.unwrap_or(LARGEST) =>
+                    {
                         Err(Errno::EFBIG)
                     }
                     None => Ok(work(&mut inner, Carry::All)),

@@ -35,8 +35,14 @@ mod resize;
 mod single_flight;
 mod snapshot;
 mod table;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod tests;
+
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing {
+    pub use super::tests::untrusted::use_untrusted;
+}
+
 mod write;
 mod writeback;
 mod zero;

@@ -37,6 +37,8 @@ struct Version {
     completed: usize,
     /// It was durable on its own when so much had arrived at the disks.
     durable_at: usize,
+    /// Who sees the length that was issued then sees this, too.
+    shown_by: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -49,15 +51,17 @@ impl Register {
             issued: 0,
             completed: 0,
             durable_at: 0,
+            shown_by: 0,
         }])
     }
 
-    fn begin(&mut self, value: u64, issued: usize) {
+    fn begin(&mut self, value: u64, issued: usize, shown_by: usize) {
         self.0.push(Version {
             value,
             issued,
             completed: NEVER,
             durable_at: NEVER,
+            shown_by,
         });
     }
 
@@ -89,7 +93,9 @@ impl Register {
 
     fn may_be_left(&self, value: u64, cut: &Cut) -> bool {
         self.since_last(|version| {
-            version.completed <= cut.flushed || version.durable_at <= cut.arrived
+            version.completed <= cut.flushed
+                || version.durable_at <= cut.arrived
+                || version.shown_by <= cut.resized
         })
         .iter()
         .any(|version| version.issued <= cut.now && version.value == value)
@@ -104,6 +110,8 @@ pub(super) struct Cut {
     now: usize,
     /// The event up to which things were completed that a flush covers.
     flushed: usize,
+    /// The event at which the length that is found was issued.
+    resized: usize,
 }
 
 /// A change under way.
@@ -163,7 +171,7 @@ impl History {
         let issued = self.tick();
         self.reach(first + hashes.len());
         for (sector, &hash) in self.sectors[first..].iter_mut().zip(hashes) {
-            sector.begin(hash, issued);
+            sector.begin(hash, issued, NEVER);
         }
         Change {
             issued,
@@ -176,15 +184,27 @@ impl History {
     pub(super) fn or(&mut self, change: Change, hashes: &[u64]) {
         let sectors = &mut self.sectors[change.first..change.first + change.count];
         for (sector, &hash) in sectors.iter_mut().zip(hashes) {
-            sector.begin(hash, change.issued);
+            sector.begin(hash, change.issued, NEVER);
         }
     }
 
-    /// The length is going to be this, in bytes.
-    pub(super) fn begin_resize(&mut self, size: u64) -> usize {
+    /// The length is going to be this, in bytes; what comes or goes reads as zeroes from then on.
+    pub(super) fn begin_resize(&mut self, old: u64, new: u64) -> Change {
         let issued = self.tick();
-        self.size.begin(size, issued);
-        issued
+        self.size.begin(new, issued, NEVER);
+        let sector = |at: u64| usize::try_from(at / SECTOR as u64).expect("small");
+        let (first, end) = (sector(old.min(new)), sector(old.max(new)));
+        self.reach(end);
+        // Once the new length shows, what was there before must not.
+        let shown_by = if new > old { issued } else { NEVER };
+        for sector in &mut self.sectors[first..end] {
+            sector.begin(zero_hash(), issued, shown_by);
+        }
+        Change {
+            issued,
+            first,
+            count: end - first,
+        }
     }
 
     /// The change has been carried out; `durable` says that it is on disk, too.
@@ -197,9 +217,9 @@ impl History {
     }
 
     /// The length has changed.
-    pub(super) fn end_resize(&mut self, issued: usize) {
-        let completed = self.tick();
-        self.size.end(issued, completed, self.journal.len());
+    pub(super) fn end_resize(&mut self, change: Change) {
+        self.end(change, false);
+        self.size.end(change.issued, self.now, self.journal.len());
     }
 
     /// A flush begins; what it gives goes to `end_flush`.
@@ -227,6 +247,7 @@ impl History {
             arrived,
             now: now.saturating_sub(1),
             flushed,
+            resized: 0,
         }
     }
 
@@ -243,8 +264,13 @@ impl History {
             "{what}: the length is {size}, which is neither what it was nor what it was to be: {:?}",
             self.size
         );
+        let has_size = self.size.0.iter().find(|version| version.value == size);
+        let cut = Cut {
+            resized: has_size.map_or(0, |version| version.issued),
+            ..*cut
+        };
         self.assert_each(0, content, what, |sector, value| {
-            sector.may_be_left(value, cut)
+            sector.may_be_left(value, &cut)
         });
     }
 

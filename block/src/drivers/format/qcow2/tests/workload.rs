@@ -4,7 +4,7 @@
 //! A new operation is a line in [`OPERATIONS`] and a function: it tells the history what it is about to change, does it, and tells the
 //! history that it is done; after a failure it just returns, since nobody knows then.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::rc::Rc;
 
@@ -61,6 +61,8 @@ pub(super) struct Guest {
     pub(super) ranges: Rc<RangeLock>,
     /// The image is never made longer, in bytes.
     pub(super) largest: u64,
+    /// Steps done, and to be done, so far.
+    progress: Rc<Cell<(u64, u64)>>,
 }
 
 /// Sectors of a request.
@@ -86,6 +88,7 @@ impl Guest {
             history: Rc::new(RefCell::new(history)),
             ranges: Rc::default(),
             largest,
+            progress: Rc::default(),
         }
     }
 
@@ -103,12 +106,18 @@ impl Guest {
     }
 
     /// Several workers at once, each with so many steps; `may_fail` where the disk is not healthy.
+    ///
+    /// They begin at the start of the disk and spread, so that tables are made when there is space that has been used before.
     pub(super) async fn work(&self, seed: u64, workers: u64, steps: u64, may_fail: bool) {
+        let (done, planned) = self.progress.get();
+        self.progress.set((done, planned + workers * steps));
         let workers = (0..workers).map(|worker| {
             let guest = self.clone();
             async move {
                 let mut random = Random::new(seed.wrapping_mul(1000) + worker);
                 for _ in 0..steps {
+                    let (done, planned) = guest.progress.get();
+                    guest.progress.set((done + 1, planned));
                     let result = guest.step(&mut random).await;
                     assert!(may_fail || result.is_ok(), "on a healthy disk: {result:?}");
                 }
@@ -127,15 +136,16 @@ impl Guest {
     fn part(&self, random: &mut Random) -> Part {
         let sectors = self.image.0.size() / SECTOR as u64;
         let unit = [1, 8, 32, 128][usize::try_from(random.below(4)).expect("small")];
-        // Some places are busier than others.
-        let reach = if random.one_in(2) {
-            sectors
-        } else {
-            sectors.div_ceil(8)
+        let (done, planned) = self.progress.get();
+        let reach = match random.below(40) {
+            0 => sectors,
+            // Some places are busier than others.
+            1..=15 => sectors.div_ceil(8),
+            _ => (sectors * (done + 5) / (planned + 5)).clamp(1, sectors),
         };
         let start = random.below(reach) / unit * unit;
         let len = match random.below(12) {
-            0 => 1 + random.below(sectors - start),
+            0 => 1 + random.below(reach.saturating_sub(start).max(1)),
             1..=6 => (1 + random.below(4)) * unit,
             _ => 1 + random.below(100),
         };
@@ -221,20 +231,9 @@ impl Guest {
         let _held = self.ranges.lock(0..u64::MAX).await;
         let old = self.image.0.size();
         let size = (old / 2 + random.below(old)).clamp(64 * 1024, self.largest) & !511;
-        let (from, to) = (old.min(size), old.max(size));
-        let index = |at: u64| usize::try_from(at / SECTOR as u64).expect("small");
-        let zeroes = vec![zero_hash(); index(to) - index(from)];
-        let (change, resize) = {
-            let mut history = self.history.borrow_mut();
-            (
-                history.begin(index(from), &zeroes),
-                history.begin_resize(size),
-            )
-        };
+        let change = self.history.borrow_mut().begin_resize(old, size);
         io::truncate(&self.image.0, size, true).await?;
-        let mut history = self.history.borrow_mut();
-        history.end(change, false);
-        history.end_resize(resize);
+        self.history.borrow_mut().end_resize(change);
         Ok(())
     }
 }
