@@ -265,7 +265,11 @@ impl Server {
             }
             Action::NbdServer => {
                 let options = from_keyval(&value, None)?;
-                self.daemon.exports.nbd_server_start(options).await?;
+                let credentials = self.daemon.objects.credentials();
+                self.daemon
+                    .exports
+                    .nbd_server_start(options, credentials)
+                    .await?;
             }
             Action::Operand => return Err(Error::generic("Unexpected argument")),
         }

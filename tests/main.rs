@@ -13,6 +13,7 @@ mod locking;
 mod memory;
 mod mount_command;
 mod mount_partitions;
+mod nbd;
 mod nodes;
 mod parallel_writes;
 mod qmp_clients;

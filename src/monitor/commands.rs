@@ -114,7 +114,11 @@ fn add_nbd(registry: &mut Registry<Daemon>) {
     registry.add(
         "nbd-server-start",
         |daemon: Rc<Daemon>, options: NbdServerOptionsLegacy| async move {
-            daemon.exports.nbd_server_start(options.into()).await
+            let credentials = daemon.objects.credentials();
+            daemon
+                .exports
+                .nbd_server_start(options.into(), credentials)
+                .await
         },
     );
     registry

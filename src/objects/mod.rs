@@ -83,10 +83,6 @@ impl Objects {
     }
 
     /// What of the objects is for those who look for credentials.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "those who look for them come with TLS sockets")
-    )]
     pub fn credentials(&self) -> Arc<Credentials> {
         Arc::clone(&self.credentials)
     }

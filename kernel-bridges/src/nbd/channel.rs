@@ -4,12 +4,17 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use socket2::Socket;
+use stord_credentials::tls::{Handshake, Plaintext, TlsSession};
 use stord_sockets::Descriptor;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// Bytes of ciphertext read at a time.
+const CIPHERTEXT: usize = 4096;
 
 /// A connection that is being negotiated.
 pub(super) struct Channel {
     stream: Descriptor,
+    tls: Option<TlsSession>,
 }
 
 impl Channel {
@@ -24,12 +29,73 @@ impl Channel {
         }
         Ok(Self {
             stream: Descriptor::new(socket.into())?,
+            tls: None,
         })
+    }
+
+    /// Goes on over TLS from here, once the two have agreed on keys.
+    ///
+    /// # Errors
+    /// The client broke off, or it does not show what is asked for.
+    pub(super) async fn start_tls(&mut self, mut session: TlsSession) -> io::Result<()> {
+        loop {
+            let state = session.handshake();
+            // Alerts of a failed handshake are sent too.
+            self.send(&mut session).await?;
+            match state {
+                Ok(Handshake::Complete) => break,
+                Ok(Handshake::NeedsInput) => self.receive(&mut session).await?,
+                Err(error) => return Err(io::Error::other(error)),
+            }
+        }
+        tracing::debug!(session = session.description(), "TLS with an NBD client");
+        self.tls = Some(session);
+        Ok(())
+    }
+
+    /// The TLS session, if there is one.
+    pub(super) fn tls(&self) -> Option<&TlsSession> {
+        self.tls.as_ref()
+    }
+
+    async fn send(&mut self, session: &mut TlsSession) -> io::Result<()> {
+        let length = session.output().len();
+        self.stream.write_all(session.output()).await?;
+        session.consume_output(length);
+        Ok(())
+    }
+
+    async fn receive(&mut self, session: &mut TlsSession) -> io::Result<()> {
+        let mut bytes = [0; CIPHERTEXT];
+        match self.stream.read(&mut bytes).await? {
+            0 => session.end_of_input(),
+            count => session.feed(&bytes[..count]),
+        }
+        Ok(())
     }
 
     /// Fills `bytes`.
     pub(super) async fn read(&mut self, bytes: &mut [u8]) -> io::Result<()> {
-        self.stream.read_exact(bytes).await.map(drop)
+        let Some(mut session) = self.tls.take() else {
+            return self.stream.read_exact(bytes).await.map(drop);
+        };
+        let result = self.read_over(&mut session, bytes).await;
+        self.tls = Some(session);
+        result
+    }
+
+    async fn read_over(&mut self, session: &mut TlsSession, bytes: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let plaintext = session.read(&mut bytes[done..]);
+            self.send(session).await?;
+            match plaintext? {
+                Plaintext::Bytes(count) => done += count,
+                Plaintext::Closed => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Plaintext::NeedsInput => self.receive(session).await?,
+            }
+        }
+        Ok(())
     }
 
     /// Reads `count` bytes and forgets them.
@@ -45,12 +111,20 @@ impl Channel {
 
     /// Sends all of `bytes`.
     pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.write_all(bytes).await
+        let Some(mut session) = self.tls.take() else {
+            return self.stream.write_all(bytes).await;
+        };
+        let mut result = session.write(bytes);
+        if result.is_ok() {
+            result = self.send(&mut session).await;
+        }
+        self.tls = Some(session);
+        result
     }
 
-    /// The descriptor, for the context that serves the client from now on.
-    pub(super) fn into_fd(self) -> OwnedFd {
-        self.stream.into_inner()
+    /// What the context that serves the client from now on needs.
+    pub(super) fn into_parts(self) -> (OwnedFd, Option<TlsSession>) {
+        (self.stream.into_inner(), self.tls)
     }
 
     /// A second descriptor of the same socket, by which the connection can be ended from elsewhere.

@@ -12,10 +12,11 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use stord_aio::sync::Notify;
-use stord_aio::{Errno, IoBuffer, IoVec, PolledFd, spawn_local, yield_now};
+use stord_aio::{Errno, IoBuffer, IoVec, spawn_local, yield_now};
 use stord_block::Backend;
 use stord_block::driver::ZeroFlags;
 use stord_block::drivers::protocol::nbd::wire::{Command, CommandFlags, MAX_PAYLOAD};
+use stord_credentials::tls::TlsSession;
 
 use super::extents;
 use super::handshake::{Manner, MetaContext};
@@ -24,6 +25,7 @@ use super::outbox::Outbox;
 use super::payloads::{FRONT, Payloads};
 use super::reply::Style;
 use super::request::{MAX_HEADER, NoRequest, Request};
+use super::transport::Transport;
 
 /// A client with so many bytes of memory in use by its requests and replies is not listened to.
 const MAX_BYTES: usize = 32 << 20;
@@ -47,7 +49,7 @@ pub(super) struct Service {
 }
 
 struct Connection {
-    stream: PolledFd,
+    stream: Transport,
     service: Service,
     outbox: RefCell<Outbox>,
     payloads: Payloads,
@@ -94,8 +96,8 @@ enum Outcome {
 }
 
 /// Serves a client until it goes, with everything that it has asked for finished.
-pub(super) async fn serve(fd: OwnedFd, service: Service) {
-    let stream = match PolledFd::new(fd) {
+pub(super) async fn serve(fd: OwnedFd, tls: Option<TlsSession>, service: Service) {
+    let stream = match Transport::new(fd, tls) {
         Ok(stream) => stream,
         Err(error) => {
             tracing::error!(%error, "an NBD client cannot be served");
@@ -135,8 +137,16 @@ impl Connection {
                 Err(end) => return end,
             };
             self.flush();
+            if self.broken.get() {
+                return End::Left;
+            }
             if self.is_full() {
                 self.ended.notified().await;
+                continue;
+            }
+            if served == BURST {
+                // There may be more.
+                yield_now().await;
                 continue;
             }
             let wanted = self.wanted(&inbox);
@@ -148,7 +158,7 @@ impl Connection {
                     streak = 0;
                     yield_now().await;
                 }
-                match self.stream.try_read(&room) {
+                match self.stream.try_receive(&room) {
                     Ok(0) => return End::Left,
                     Ok(count) => {
                         inbox.received(count);
@@ -159,7 +169,7 @@ impl Connection {
                 }
             }
             self.trim_when_idle();
-            match self.stream.read_when_ready(room).await {
+            match self.stream.receive(room).await {
                 Ok(0) => return End::Left,
                 Ok(count) => inbox.received(count),
                 Err(errno) => return End::Failed(errno),
@@ -242,8 +252,8 @@ impl Connection {
         let mut done = there;
         while done < length {
             let rest: IoVec = payload.slice(done..length).into();
-            let count = match self.stream.try_read(&rest) {
-                Err(Errno::EAGAIN) => self.stream.read_when_ready(rest).await,
+            let count = match self.stream.try_receive(&rest) {
+                Err(Errno::EAGAIN) => self.stream.receive(rest).await,
                 result => result,
             };
             match count {
@@ -669,15 +679,18 @@ impl Connection {
 
     /// Sends what waits; what the client does not take at once is left to a task.
     fn flush(self: &Rc<Self>) {
-        if self.sending.get() || self.broken.get() {
+        if self.broken.get() {
+            return self.break_off();
+        }
+        if self.sending.get() {
             return;
         }
         loop {
             let front = self.outbox.borrow().front();
-            if front.is_empty() {
+            if front.is_empty() && self.stream.is_clear() {
                 return;
             }
-            match self.stream.try_write(&front) {
+            match self.stream.try_send(&front) {
                 Ok(count) => self.note_sent(count),
                 Err(Errno::EAGAIN) => break,
                 Err(_) => return self.break_off(),
@@ -688,10 +701,10 @@ impl Connection {
         spawn_local(async move {
             loop {
                 let front = connection.outbox.borrow().front();
-                if front.is_empty() {
+                if front.is_empty() && connection.stream.is_clear() {
                     break;
                 }
-                match connection.stream.write_when_ready(front).await {
+                match connection.stream.send(front).await {
                     Ok(count) => connection.note_sent(count),
                     Err(_) => {
                         connection.break_off();
@@ -710,7 +723,7 @@ impl Connection {
         outbox.sent(count, |memory| self.payloads.put(memory));
     }
 
-    /// Nothing more can be sent. The loop that reads finds the end of the stream by itself, and must not wait for room.
+    /// Nothing more can be sent: what waits is dropped, so that nobody waits for room.
     fn break_off(&self) {
         self.broken.set(true);
         let waiting = self.outbox.borrow().bytes();

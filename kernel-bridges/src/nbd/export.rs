@@ -152,9 +152,9 @@ impl NbdExport {
             writethrough: self.writethrough,
             manner,
         };
-        let fd = channel.into_fd();
-        let task =
-            self.contexts[context].run(move || async move { connection::serve(fd, service).await });
+        let (fd, tls) = channel.into_parts();
+        let task = self.contexts[context]
+            .run(move || async move { connection::serve(fd, tls, service).await });
         // A context that has ended has ended the connection before.
         let _ = task.await;
         self.clients

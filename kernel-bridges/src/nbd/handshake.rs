@@ -5,12 +5,16 @@
 
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use stord_block::drivers::protocol::nbd::wire::{
     BASE_ALLOCATION, ExportInfo, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting, INIT_MAGIC,
     InfoKind, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionKind, OptionReply,
     OptionReplyHeader, TransmissionFlags,
 };
+use stord_credentials::Credentials;
+use stord_credentials::tls::{TlsCredentials, TlsSession};
+use stord_qmp::Error;
 use zerocopy::{FromZeros as _, IntoBytes};
 
 use super::channel::Channel;
@@ -28,6 +32,27 @@ pub(super) trait Offer {
     fn exports(&self) -> Vec<Rc<NbdExport>>;
     /// Whether more than one client may come at a time.
     fn is_shared(&self) -> bool;
+    /// What TLS is spoken with, if it has to be.
+    fn security(&self) -> Option<&Security>;
+}
+
+/// What makes a server secure.
+pub(crate) struct Security {
+    pub(crate) tls: Arc<TlsCredentials>,
+    /// The id of the rule that says who may come, if there is one.
+    pub(crate) authorization: Option<String>,
+    /// Where the rule is found.
+    pub(crate) credentials: Arc<Credentials>,
+}
+
+impl Security {
+    /// Whether the client may come.
+    fn authorize(&self, session: Option<&TlsSession>) -> Result<(), Error> {
+        match (&self.authorization, session) {
+            (Some(rule), Some(session)) => session.authorize(rule, &self.credentials),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How a client and the server talk after the handshake.
@@ -170,6 +195,14 @@ impl Handshake<'_> {
         };
         let mut data = vec![0; length];
         self.channel.read(&mut data).await?;
+        if self.is_too_early(kind) {
+            if kind == Some(OptionKind::ExportName) {
+                return Err(broken("EXPORT_NAME without TLS"));
+            }
+            let text = "this server requires TLS";
+            self.refuse(number, OptionReply::TlsRequired, text).await?;
+            return Ok(Next::Option);
+        }
         let Some(kind) = kind else {
             self.refuse(number, OptionReply::Unsupported, "unsupported option")
                 .await?;
@@ -203,10 +236,7 @@ impl Handshake<'_> {
                 return Ok(Next::End);
             }
             OptionKind::List => self.list().await?,
-            OptionKind::StartTls => {
-                self.refuse(kind.number(), OptionReply::Policy, "TLS not configured")
-                    .await?;
-            }
+            OptionKind::StartTls => self.start_tls().await?,
             OptionKind::Info | OptionKind::Go => {
                 if let Some(export) = self.info(kind, data).await?
                     && kind == OptionKind::Go
@@ -245,6 +275,36 @@ impl Handshake<'_> {
             }
         }
         Ok(Next::Option)
+    }
+
+    async fn start_tls(&mut self) -> io::Result<()> {
+        let kind = OptionKind::StartTls;
+        let Some(security) = self.offer.security() else {
+            return self
+                .refuse(kind.number(), OptionReply::Policy, "TLS not configured")
+                .await;
+        };
+        if self.channel.tls().is_some() {
+            let text = "TLS already enabled";
+            return self.refuse(kind.number(), OptionReply::Invalid, text).await;
+        }
+        let session = security.tls.server_session().map_err(io::Error::other)?;
+        self.acknowledge(kind).await?;
+        self.channel.start_tls(session).await?;
+        security
+            .authorize(self.channel.tls())
+            .map_err(io::Error::other)?;
+        // What was agreed on in the clear is forgotten.
+        self.style = Style::Simple;
+        self.chosen = None;
+        Ok(())
+    }
+
+    /// Whether an option has to wait until TLS is spoken.
+    fn is_too_early(&self, kind: Option<OptionKind>) -> bool {
+        self.offer.security().is_some()
+            && self.channel.tls().is_none()
+            && !matches!(kind, Some(OptionKind::StartTls | OptionKind::Abort))
     }
 
     /// The old way into transmission, in which only hanging up can say no.

@@ -4,7 +4,7 @@
 //! server       listens, lets clients in, sees to the limits              (control thread)
 //!   handshake    finds out what a client wants; offers the exports       (channel: plain or TLS)
 //!   export       an export, its clients and their end
-//!     connection   serves one client on one context                      (inbox, outbox, payloads: memory; request, reply: wire)
+//!     connection   serves one client on one context                      (inbox, outbox, payloads: memory; request, reply: wire; transport)
 //!       extents      block status and sparse reads
 //! ```
 //!
@@ -21,6 +21,8 @@ mod payloads;
 mod reply;
 mod request;
 mod server;
+mod transport;
 
 pub(crate) use export::NbdExport;
+pub(crate) use handshake::Security;
 pub(crate) use server::{NbdServer, NbdServerSettings};

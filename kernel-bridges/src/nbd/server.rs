@@ -13,7 +13,7 @@ use stord_sockets::Listeners;
 
 use super::channel::Channel;
 use super::export::NbdExport;
-use super::handshake::{self, Offer};
+use super::handshake::{self, Offer, Security};
 
 /// So many clients the kernel lets wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -27,6 +27,8 @@ pub(crate) struct NbdServerSettings {
     pub(crate) handshake_limit: Duration,
     /// So many clients may be connected at a time; 0 is no limit.
     pub(crate) max_connections: u32,
+    /// TLS, if clients have to speak it.
+    pub(crate) security: Option<Security>,
 }
 
 /// The NBD server of the process, running or not, and the exports it offers.
@@ -68,7 +70,7 @@ impl NbdServer {
         Ok(())
     }
 
-    fn check_stopped(&self) -> Result<(), Error> {
+    pub(crate) fn check_stopped(&self) -> Result<(), Error> {
         if self.running.borrow().is_some() {
             return Err(Error::generic("NBD server already running"));
         }
@@ -199,5 +201,9 @@ impl Offer for Running {
 
     fn is_shared(&self) -> bool {
         self.settings.max_connections != 1
+    }
+
+    fn security(&self) -> Option<&Security> {
+        self.settings.security.as_ref()
     }
 }

@@ -1,19 +1,22 @@
 //! The NBD server among the exports: it runs or not, and exports of its type need it.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use stord_block::drivers::protocol::nbd::wire::MAX_STRING;
+use stord_credentials::Credentials;
 use stord_qmp::Error;
 use stord_qmp::schema::export::{
     BlockExportKind, BlockExportOptions, BlockExportOptionsNbd, BlockExportRemoveMode,
     BlockExportType,
 };
 use stord_qmp::schema::nbd::{NbdServerAddOptions, NbdServerOptions};
+use stord_qmp::schema::object::QCryptoTLSCredsEndpoint;
 
 use super::{Entry, ExportRegistry};
 use crate::export::{Ended, Export, Parts};
-use crate::nbd::{NbdExport, NbdServerSettings};
+use crate::nbd::{NbdExport, NbdServerSettings, Security};
 
 /// A handshake may last so many seconds, unless told otherwise.
 const HANDSHAKE_SECONDS: u32 = 10;
@@ -24,19 +27,42 @@ impl ExportRegistry {
     /// Starts the NBD server.
     ///
     /// # Errors
-    /// It runs already, or the address cannot be had.
-    pub async fn nbd_server_start(&self, options: NbdServerOptions) -> Result<(), Error> {
+    /// It runs already, there are no such credentials, or the address cannot be had.
+    pub async fn nbd_server_start(
+        &self,
+        options: NbdServerOptions,
+        credentials: Arc<Credentials>,
+    ) -> Result<(), Error> {
         let NbdServerOptions {
             handshake_max_seconds,
+            tls_creds,
+            tls_authz,
             max_connections,
             addr,
         } = options;
+        self.nbd.check_stopped()?;
+        if tls_authz.is_some() && tls_creds.is_none() {
+            return Err(Error::generic(
+                "Parameter 'tls-authz' has no effect without 'tls-creds'",
+            ));
+        }
+        let security = tls_creds
+            .map(|id| {
+                let tls = credentials.tls(&id, QCryptoTLSCredsEndpoint::Server)?;
+                Ok::<_, Error>(Security {
+                    tls,
+                    authorization: tls_authz,
+                    credentials,
+                })
+            })
+            .transpose()?;
         let seconds = handshake_max_seconds.unwrap_or(HANDSHAKE_SECONDS);
         self.nbd
             .start(NbdServerSettings {
                 address: addr.address,
                 handshake_limit: Duration::from_secs(seconds.into()),
                 max_connections: max_connections.unwrap_or(MAX_CONNECTIONS),
+                security,
             })
             .await
     }

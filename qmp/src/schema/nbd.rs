@@ -9,6 +9,10 @@ use crate::schema::socket::{SocketAddress, SocketAddressLegacy};
 pub struct NbdServerOptions {
     /// A client must have finished its handshake after so many seconds; 0 is no limit, default 10.
     pub handshake_max_seconds: Option<u32>,
+    /// The id of TLS credentials; with them, clients have to speak TLS.
+    pub tls_creds: Option<String>,
+    /// The id of an authorization object that says by their certificates which clients may come.
+    pub tls_authz: Option<String>,
     /// So many clients may be connected at a time; 0 is no limit, default 100. With 1, clients are not told that several may come.
     pub max_connections: Option<u32>,
     /// Where it listens.
@@ -20,6 +24,10 @@ pub struct NbdServerOptions {
 pub struct NbdServerOptionsLegacy {
     /// A client must have finished its handshake after so many seconds; 0 is no limit, default 10.
     pub handshake_max_seconds: Option<u32>,
+    /// The id of TLS credentials; with them, clients have to speak TLS.
+    pub tls_creds: Option<String>,
+    /// The id of an authorization object that says by their certificates which clients may come.
+    pub tls_authz: Option<String>,
     /// So many clients may be connected at a time; 0 is no limit, default 100. With 1, clients are not told that several may come.
     pub max_connections: Option<u32>,
     /// Where it listens.
@@ -30,6 +38,8 @@ impl From<NbdServerOptionsLegacy> for NbdServerOptions {
     fn from(legacy: NbdServerOptionsLegacy) -> Self {
         Self {
             handshake_max_seconds: legacy.handshake_max_seconds,
+            tls_creds: legacy.tls_creds,
+            tls_authz: legacy.tls_authz,
             max_connections: legacy.max_connections,
             addr: SocketAddress {
                 address: legacy.addr.into(),

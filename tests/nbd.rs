@@ -1,0 +1,755 @@
+//! The NBD server, asked by everybody who speaks NBD: libnbd, QEMU, nbdkit, fio, and some who do not speak it well.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::needs;
+use crate::support::daemon::Daemon;
+use crate::support::disk::MIB;
+use crate::support::model::{assert_same, noise};
+use crate::support::run::{Ended, limited, run, run_ok};
+use crate::support::{Qmp, Scratch, eventually, qemu};
+
+const SIZE: u64 = 64 * MIB as u64;
+
+/// A daemon that exports a qcow2 image over NBD.
+struct Served {
+    scratch: Scratch,
+    image: PathBuf,
+    socket: PathBuf,
+    daemon: Daemon,
+}
+
+impl Served {
+    /// Serves an image with this content from the start on; `server` and `export` are further options with commas in front.
+    fn start(content: &[u8], server: &str, export: &str) -> Served {
+        let scratch = Scratch::in_memory();
+        let image = scratch.path("disk.qcow2");
+        qemu::create(&image, SIZE, "");
+        if !content.is_empty() {
+            let raw = scratch.file("content", content);
+            run_ok(
+                "qemu-img",
+                &[
+                    "dd",
+                    "-f",
+                    "raw",
+                    "-O",
+                    "qcow2",
+                    "bs=1M",
+                    &format!("if={}", raw.display()),
+                    &format!("of={}", image.display()),
+                ],
+            );
+            qemu::img(&["resize", "-q", image.to_str().unwrap(), &SIZE.to_string()]);
+        }
+        Served::start_over(scratch, image, &[], server, export)
+    }
+
+    fn start_over(
+        scratch: Scratch,
+        image: PathBuf,
+        before: &[&str],
+        server: &str,
+        export: &str,
+    ) -> Served {
+        let socket = scratch.path("nbd.sock");
+        let mut args: Vec<String> = before.iter().map(|arg| (*arg).to_owned()).collect();
+        args.extend([
+            "--blockdev".to_owned(),
+            format!(
+                "driver=file,node-name=file,discard=unmap,filename={}",
+                image.display()
+            ),
+            "--blockdev".to_owned(),
+            "driver=qcow2,node-name=disk,discard=unmap,file=file".to_owned(),
+            "--nbd-server".to_owned(),
+            format!("addr.type=unix,addr.path={}{server}", socket.display()),
+            "--export".to_owned(),
+            format!("type=nbd,id=e,node-name=disk{export}"),
+            "--chardev".to_owned(),
+            "socket,id=qmp,path=qmp.sock,server=on,wait=off".to_owned(),
+            "--monitor".to_owned(),
+            "chardev=qmp".to_owned(),
+        ]);
+        let daemon = Daemon::start(&scratch, &args);
+        Served {
+            scratch,
+            image,
+            socket,
+            daemon,
+        }
+    }
+
+    fn uri(&self) -> String {
+        format!("nbd+unix:///disk?socket={}", self.socket.display())
+    }
+
+    fn qmp(&self) -> Qmp {
+        Qmp::connect(&self.scratch.path("qmp.sock"))
+    }
+
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        stream
+    }
+
+    /// Runs a script of nbdsh with the export open as `h`; `assert` in it makes the test fail.
+    #[track_caller]
+    fn nbdsh(&self, script: &str) {
+        let connect = format!("h.connect_uri('{}')", self.uri());
+        let output = nbdsh().args(["-c", &connect, "-c", script]).output();
+        let ended = Ended::from(output.unwrap());
+        assert!(ended.success(), "{}\n{}", ended.stdout, ended.stderr);
+    }
+
+    /// Ends the daemon and asserts that the image is sound and holds `content`.
+    #[track_caller]
+    fn assert_image_is(self, content: &[u8]) {
+        self.daemon.stop();
+        qemu::assert_clean(&self.image);
+        let got = qemu::content(&self.scratch, &self.image, "qcow2");
+        assert_same("the image", &got, content);
+    }
+}
+
+/// libnbd's shell. It takes the first Python of the path, which has to be the one that the package is for.
+fn nbdsh() -> Command {
+    let mut command = limited("nbdsh");
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("/usr/bin:{path}"));
+    command
+}
+
+/// An `nbdsh` that holds the export open.
+struct Holder(Child);
+
+impl Holder {
+    fn start(served: &Served) -> Holder {
+        let connect = format!("h.connect_uri('{}')", served.uri());
+        let mut child = nbdsh()
+            .args([
+                "-c",
+                &connect,
+                "-c",
+                "import sys; print('here', flush=True); sys.stdin.read()",
+            ])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut word = [0; 4];
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut word)
+            .unwrap();
+        assert_eq!(&word, b"here");
+        Holder(child)
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        // It may have been killed.
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn nbdinfo_describes_the_export() {
+    needs!("qemu-img", "nbdinfo");
+    let served = Served::start(
+        &noise(1, 3 * MIB),
+        "",
+        ",name=disk,description=for you,writable=on",
+    );
+    let info: Value = serde_json::from_str(&run_ok("nbdinfo", &["--json", &served.uri()])).unwrap();
+    let export = &info["exports"][0];
+    assert_eq!(export["export-size"], SIZE);
+    assert_eq!(export["description"], "for you");
+    for (flag, wanted) in [
+        ("is_read_only", false),
+        ("can_cache", true),
+        ("can_df", true),
+        ("can_fast_zero", true),
+        ("can_flush", true),
+        ("can_fua", true),
+        ("can_multi_conn", true),
+        ("can_trim", true),
+        ("can_zero", true),
+    ] {
+        assert_eq!(export[flag], wanted, "{flag}");
+    }
+    let list = run_ok(
+        "nbdinfo",
+        &[
+            "--list",
+            "--json",
+            &format!("nbd+unix:///?socket={}", served.socket.display()),
+        ],
+    );
+    let list: Value = serde_json::from_str(&list).unwrap();
+    assert_eq!(list["exports"][0]["export-name"], "disk");
+    let map: Value =
+        serde_json::from_str(&run_ok("nbdinfo", &["--map", "--json", &served.uri()])).unwrap();
+    assert_eq!(
+        map,
+        json!([
+            {"offset": 0, "length": 3 * MIB, "type": 0, "description": "data"},
+            {"offset": 3 * MIB, "length": SIZE - 3 * MIB as u64, "type": 3, "description": "hole,zero"},
+        ])
+    );
+    assert!(
+        !run(
+            "nbdinfo",
+            &[format!(
+                "nbd+unix:///other?socket={}",
+                served.socket.display()
+            )]
+        )
+        .success()
+    );
+    served.daemon.stop();
+}
+
+#[test]
+fn read_only_export_refuses_changes() {
+    needs!("qemu-img", "nbdsh");
+    let content = noise(2, MIB);
+    let served = Served::start(&content, "", "");
+    served.nbdsh(
+        "assert h.is_read_only()\n\
+         h.set_strict_mode(0)\n\
+         import errno\n\
+         for act in (lambda: h.pwrite(b'x' * 512, 0), lambda: h.zero(512, 0), lambda: h.trim(512, 0)):\n\
+         \x20   try:\n\
+         \x20       act()\n\
+         \x20       assert False\n\
+         \x20   except nbd.Error as e:\n\
+         \x20       assert e.errnum == errno.EPERM, e\n",
+    );
+    let mut wanted = content;
+    wanted.resize(SIZE as usize, 0);
+    served.assert_image_is(&wanted);
+}
+
+#[test]
+fn content_is_copied_both_ways_over_many_connections() {
+    needs!("qemu-img", "nbdcopy");
+    let served = Served::start(&[], "", ",writable=on");
+    let mut content = noise(3, SIZE as usize);
+    content[MIB..20 * MIB].fill(0);
+    let source = served.scratch.file("source", &content);
+    let uri = served.uri();
+    run_ok(
+        "nbdcopy",
+        &[
+            "--connections=4",
+            "--requests=32",
+            source.to_str().unwrap(),
+            &uri,
+        ],
+    );
+    for options in [
+        ["--connections=4", "--requests=64"],
+        ["--connections=1", "--synchronous"],
+    ] {
+        let target = served.scratch.path("target");
+        let target_text = target.to_str().unwrap();
+        run_ok("nbdcopy", &[options[0], options[1], &uri, target_text]);
+        assert_same("the copy", &fs::read(&target).unwrap(), &content);
+        fs::remove_file(&target).unwrap();
+    }
+    // A whole read without holes told, and one in simple replies.
+    served.nbdsh(
+        "import hashlib\n\
+         parts = []\n\
+         def take(data, offset, status, error):\n\
+         \x20   assert status == nbd.READ_DATA\n\
+         \x20   parts.append(bytes(data))\n\
+         h.pread_structured(8 << 20, 512 * 1024, take, nbd.CMD_FLAG_DF)\n\
+         assert len(parts) == 1\n\
+         a = parts[0]\n\
+         b = h.pread(8 << 20, 512 * 1024)\n\
+         assert a == b\n\
+         s = nbd.NBD()\n\
+         s.set_request_structured_replies(False)\n\
+         s.connect_uri(h.get_uri())\n\
+         assert not s.get_structured_replies_negotiated()\n\
+         assert s.pread(8 << 20, 512 * 1024) == a\n",
+    );
+    served.assert_image_is(&content);
+}
+
+#[test]
+fn every_command_and_flag_does_its_work() {
+    needs!("qemu-img", "nbdsh");
+    let served = Served::start(&[], "", ",writable=on");
+    served.nbdsh(
+        "import errno\n\
+         F = nbd.CMD_FLAG_FUA\n\
+         h.pwrite(b'a' * 100000, 1000, F)\n\
+         h.pwrite(b'b' * 33, 5 << 20)\n\
+         h.zero(5000, 2000, F | nbd.CMD_FLAG_NO_HOLE)\n\
+         h.zero(1 << 20, 10 << 20, nbd.CMD_FLAG_FAST_ZERO)\n\
+         h.pwrite(b'c' * (1 << 20), 20 << 20)\n\
+         h.trim(1 << 20, 20 << 20, F)\n\
+         h.cache(1 << 20, 0)\n\
+         h.flush()\n\
+         data = h.pread(100000, 1000)\n\
+         assert data == b'a' * 1000 + bytes(5000) + b'a' * 94000\n\
+         size = h.get_size()\n\
+         h.set_strict_mode(0)\n\
+         def refused(errnum, act):\n\
+         \x20   try:\n\
+         \x20       act()\n\
+         \x20       assert False\n\
+         \x20   except nbd.Error as e:\n\
+         \x20       assert e.errnum == errnum, e\n\
+         refused(errno.EINVAL, lambda: h.pread(512, size))\n\
+         refused(errno.ENOSPC, lambda: h.pwrite(b'x' * 512, size - 511))\n\
+         refused(errno.ENOSPC, lambda: h.zero(512, size))\n\
+         refused(errno.EINVAL, lambda: h.trim(512, size))\n\
+         refused(errno.EINVAL, lambda: h.cache(512, size))\n\
+         refused(errno.EINVAL, lambda: h.pread(512, 0, nbd.CMD_FLAG_FAST_ZERO))\n\
+         refused(errno.EINVAL, lambda: h.flush(nbd.CMD_FLAG_DF))\n\
+         refused(errno.EINVAL, lambda: h.block_status(512, 0, lambda *a: 0))\n\
+         assert h.pread(33, 5 << 20) == b'b' * 33\n",
+    );
+    let mut wanted = vec![0; SIZE as usize];
+    wanted[1000..101_000].fill(b'a');
+    wanted[2000..7000].fill(0);
+    wanted[5 * MIB..5 * MIB + 33].fill(b'b');
+    served.assert_image_is(&wanted);
+}
+
+#[test]
+fn block_status_tells_holes_and_stops_where_asked() {
+    needs!("qemu-img", "nbdsh");
+    let served = Served::start(&[], "", ",writable=on");
+    served.nbdsh(
+        "s = nbd.NBD()\n\
+         s.add_meta_context('base:allocation')\n\
+         s.connect_uri(h.get_uri())\n\
+         s.pwrite(b'x' * 65536, 0)\n\
+         s.pwrite(b'x' * 65536, 131072)\n\
+         got = []\n\
+         def take(context, offset, extents, error):\n\
+         \x20   assert context == 'base:allocation' and error.value == 0\n\
+         \x20   got.append((offset, list(extents)))\n\
+         s.block_status(1 << 20, 0, take)\n\
+         assert got == [(0, [65536, 0, 65536, 3, 65536, 0, (1 << 20) - 3 * 65536, 3])], got\n\
+         got.clear()\n\
+         s.block_status(1 << 20, 65536, take, nbd.CMD_FLAG_REQ_ONE)\n\
+         assert got == [(65536, [65536, 3])], got\n",
+    );
+    served.daemon.stop();
+}
+
+/// QEMU asks for extended headers, which this libnbd does not know.
+#[test]
+fn qemu_talks_with_it_in_extended_headers() {
+    needs!("qemu-img", "qemu-io");
+    let served = Served::start(&noise(4, 2 * MIB), "", ",writable=on");
+    let uri = served.uri();
+    run_ok(
+        "qemu-io",
+        &[
+            "-f",
+            "raw",
+            "-c",
+            "write -P 3 4097 70000",
+            "-c",
+            "read -P 3 4097 70000",
+            "-c",
+            "write -z -u 8M 1M",
+            "-c",
+            "read -P 0 8M 1M",
+            "-c",
+            "discard 16M 1M",
+            "-c",
+            "flush",
+            "-c",
+            "write -f -P 9 32M 64k",
+            &uri,
+        ],
+    );
+    let map: Value = serde_json::from_str(&run_ok(
+        "qemu-img",
+        &["map", "-f", "raw", "--output=json", &uri],
+    ))
+    .unwrap();
+    let stored: u64 = map
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|extent| extent["data"] == true)
+        .map(|extent| extent["length"].as_u64().unwrap())
+        .sum();
+    assert_eq!(stored, 2 * MIB as u64 + 64 * 1024);
+    let copy = served.scratch.path("copy");
+    run_ok(
+        "qemu-img",
+        &[
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "raw",
+            &uri,
+            copy.to_str().unwrap(),
+        ],
+    );
+    let content = fs::read(&copy).unwrap();
+    served.assert_image_is(&content);
+}
+
+#[test]
+fn fio_verifies_what_it_wrote() {
+    needs!("qemu-img", "fio");
+    let served = Served::start(&[], "", ",writable=on");
+    let uri = format!("--uri={}", served.uri());
+    for job in [
+        ["--rw=randwrite", "--bs=4k", "--io_size=24M"],
+        [
+            "--rw=randwrite",
+            "--bssplit=512/20:4k/20:60k/30:1m/30",
+            "--io_size=48M",
+        ],
+    ] {
+        let mut args = vec![
+            "--name=verify",
+            "--ioengine=nbd",
+            "--iodepth=32",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--size=48M",
+            "--randrepeat=1",
+            &uri,
+        ];
+        args.extend(job);
+        let ended = run("fio", &args);
+        assert!(ended.success(), "{}\n{}", ended.stdout, ended.stderr);
+    }
+    served.daemon.stop();
+}
+
+#[test]
+fn clients_share_one_coherent_disk() {
+    needs!("qemu-img", "nbdsh");
+    let served = Served::start(&[], "", ",writable=on");
+    served.nbdsh(
+        "clients = [h] + [nbd.NBD() for _ in range(7)]\n\
+         for c in clients[1:]:\n\
+         \x20   c.connect_uri(h.get_uri())\n\
+         for round in range(200):\n\
+         \x20   writer, reader = clients[round % 8], clients[(round * 3 + 1) % 8]\n\
+         \x20   data = bytes([round]) * 70000\n\
+         \x20   writer.pwrite(data, round * 4096)\n\
+         \x20   assert reader.pread(70000, round * 4096) == data\n\
+         \x20   reader.flush()\n",
+    );
+    served.daemon.stop();
+}
+
+#[test]
+fn removal_is_safe_or_hard() {
+    needs!("qemu-img", "nbdsh");
+    let served = Served::start(&[], "", ",writable=on");
+    let mut qmp = served.qmp();
+    let holder = Holder::start(&served);
+    assert_eq!(
+        qmp.refuse("block-export-del", json!({"id": "e"})),
+        "export 'e' still in use"
+    );
+    qmp.execute("block-export-del", json!({"id": "e", "mode": "hard"}));
+    assert_eq!(qmp.event("BLOCK_EXPORT_DELETED"), json!({"id": "e"}));
+    drop(holder);
+    assert_eq!(qmp.execute("query-block-exports", json!({})), json!([]));
+    qmp.execute(
+        "nbd-server-add",
+        json!({"device": "disk", "writable": true}),
+    );
+    served.nbdsh("h.pwrite(b'x' * 512, 0)");
+    assert_eq!(
+        qmp.refuse("nbd-server-add", json!({"device": "disk"})),
+        "Block export id 'disk' is already in use"
+    );
+    qmp.execute("nbd-server-stop", json!({}));
+    assert!(UnixStream::connect(&served.socket).is_err());
+    assert_eq!(
+        qmp.refuse("nbd-server-add", json!({"device": "disk"})),
+        "NBD server not running"
+    );
+    let address = json!({"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}});
+    qmp.execute("nbd-server-start", json!({"addr": address}));
+    qmp.execute("blockdev-del", json!({"node-name": "disk"}));
+    served.daemon.quit(&mut qmp);
+}
+
+#[test]
+fn no_more_clients_than_allowed_and_none_without_end() {
+    needs!("qemu-img", "nbdinfo");
+    let served = Served::start(
+        &[],
+        ",max-connections=3,handshake-max-seconds=1",
+        ",writable=on",
+    );
+    // They say nothing, so each of them is dropped after a second, and the client after them gets its turn.
+    let silent: Vec<_> = (0..20).map(|_| served.connect()).collect();
+    run_ok("nbdinfo", &["--size", &served.uri()]);
+    for mut stream in silent {
+        let mut greeting = Vec::new();
+        stream.read_to_end(&mut greeting).unwrap();
+        assert!(greeting.len() == 18 || greeting.is_empty());
+    }
+    let lone = Served::start(&[], ",max-connections=1", "");
+    let info: Value = serde_json::from_str(&run_ok("nbdinfo", &["--json", &lone.uri()])).unwrap();
+    assert_eq!(info["exports"][0]["can_multi_conn"], false);
+    lone.daemon.stop();
+    served.daemon.stop();
+}
+
+/// The handshake up to transmission, in the old way.
+fn enter(stream: &mut UnixStream, name: &str) {
+    let mut greeting = [0; 18];
+    stream.read_exact(&mut greeting).unwrap();
+    assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT");
+    let mut hello = 3_u32.to_be_bytes().to_vec();
+    hello.extend(b"IHAVEOPT");
+    hello.extend(1_u32.to_be_bytes());
+    hello.extend(u32::try_from(name.len()).unwrap().to_be_bytes());
+    hello.extend(name.as_bytes());
+    stream.write_all(&hello).unwrap();
+    let mut export = [0; 10];
+    stream.read_exact(&mut export).unwrap();
+    assert_eq!(export[..8], SIZE.to_be_bytes());
+}
+
+fn request(kind: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
+    bytes.extend(0_u16.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(length.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn requests_in_pieces_and_in_heaps_are_served() {
+    needs!("qemu-img");
+    let served = Served::start(&[], "", ",writable=on");
+    let mut stream = served.connect();
+    enter(&mut stream, "disk");
+    // A write byte by byte, then a hundred writes and reads in one piece.
+    let mut slow = request(1, 1, 0, 600);
+    slow.extend([7; 600]);
+    for byte in &slow {
+        stream.write_all(std::slice::from_ref(byte)).unwrap();
+    }
+    let mut reply = [0; 16];
+    stream.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4..8], [0; 4]);
+    let mut heap = Vec::new();
+    for number in 0..100_u8 {
+        heap.extend(request(1, number.into(), u64::from(number) * 8192, 8192));
+        heap.extend([number; 8192]);
+    }
+    let mut writer = stream.try_clone().unwrap();
+    let sending = std::thread::spawn(move || writer.write_all(&heap).unwrap());
+    for _ in 0..100 {
+        stream.read_exact(&mut reply).unwrap();
+        assert_eq!(reply[4..8], [0; 4]);
+    }
+    sending.join().unwrap();
+    let reads: Vec<u8> = (0..100_u8)
+        .flat_map(|number| request(0, number.into(), u64::from(number) * 8192, 8192))
+        .collect();
+    stream.write_all(&reads).unwrap();
+    for _ in 0..100 {
+        stream.read_exact(&mut reply).unwrap();
+        let mut data = vec![0; 8192];
+        stream.read_exact(&mut data).unwrap();
+        assert!(
+            data.iter().all(|byte| *byte == reply[15]),
+            "block {}",
+            reply[15]
+        );
+    }
+    served.daemon.stop();
+}
+
+/// Whoever asks for much and takes nothing is not served without bound.
+#[test]
+fn client_that_does_not_read_costs_bounded_memory() {
+    needs!("qemu-img", "nbdinfo");
+    let served = Served::start(&noise(5, 48 * MIB), "", "");
+    let before = served.daemon.memory_kib("VmRSS");
+    let mut stream = served.connect();
+    enter(&mut stream, "disk");
+    stream
+        .set_write_timeout(Some(Duration::from_secs(2)))
+        .unwrap();
+    for number in 0..2000 {
+        if stream.write_all(&request(0, number, 0, 1 << 20)).is_err() {
+            break;
+        }
+    }
+    run_ok("nbdinfo", &["--size", &served.uri()]);
+    let peak = served.daemon.memory_kib("VmHWM");
+    assert!(peak < before + 80 * 1024, "{before} kB grew to {peak} kB");
+    drop(stream);
+    served.daemon.stop();
+}
+
+#[test]
+fn garbage_ends_the_connection_and_nothing_else() {
+    needs!("qemu-img", "nbdinfo");
+    let served = Served::start(&[], "", ",writable=on");
+    let garbage = noise(6, 100_000);
+    for end in [1, 4, 5, 20, 100, 5000, 100_000] {
+        let mut stream = served.connect();
+        // The server may hang up in the middle.
+        let _ = stream.write_all(&garbage[..end]);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+        let mut stream = served.connect();
+        enter(&mut stream, "disk");
+        let _ = stream.write_all(&garbage[..end]);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    // A payload that is longer than any may be; one that never comes; a client that goes while its requests are served.
+    for length in [u32::MAX, 33 << 20, 1 << 20] {
+        let mut stream = served.connect();
+        enter(&mut stream, "disk");
+        let mut bytes = request(1, 1, 0, length);
+        bytes.extend([9; 1000]);
+        let _ = stream.write_all(&bytes);
+    }
+    for _ in 0..50 {
+        let mut stream = served.connect();
+        enter(&mut stream, "disk");
+        let reads: Vec<u8> = (0..64).flat_map(|n| request(0, n, 0, 1 << 20)).collect();
+        stream.write_all(&reads).unwrap();
+    }
+    run_ok("nbdinfo", &["--size", &served.uri()]);
+    let mut qmp = served.qmp();
+    eventually("the clients have gone", 30, || {
+        qmp.try_execute("block-export-del", json!({"id": "e"}))
+            .is_ok()
+    });
+    served.daemon.quit(&mut qmp);
+}
+
+#[test]
+fn resized_disk_is_seen_by_new_clients() {
+    needs!("qemu-img", "nbdinfo");
+    let served = Served::start(&[], "", ",writable=on");
+    let mut qmp = served.qmp();
+    qmp.execute(
+        "block_resize",
+        json!({"node-name": "disk", "size": SIZE * 2}),
+    );
+    assert_eq!(
+        run_ok("nbdinfo", &["--size", &served.uri()]).trim(),
+        (SIZE * 2).to_string()
+    );
+    served.daemon.quit(&mut qmp);
+}
+
+#[test]
+fn nbdkit_passes_it_on() {
+    needs!("qemu-img", "nbdkit", "nbdcopy");
+    let content = noise(7, 4 * MIB);
+    let served = Served::start(&content, "", "");
+    let copy = served.scratch.path("copy");
+    let socket = format!("socket={}", served.socket.display());
+    let copying = format!("nbdcopy \"$uri\" {}", copy.display());
+    run_ok(
+        "nbdkit",
+        &["-U", "-", "nbd", &socket, "export=disk", "--run", &copying],
+    );
+    let mut wanted = content;
+    wanted.resize(SIZE as usize, 0);
+    assert_same("the copy", &fs::read(copy).unwrap(), &wanted);
+    served.daemon.stop();
+}
+
+/// Starts a server with pre-shared keys, which need no certificates, and gives the URI of the client that has one.
+fn serve_with_keys(scratch: Scratch) -> (Served, String) {
+    let image = scratch.path("disk.qcow2");
+    qemu::create(&image, SIZE, "");
+    let keys = scratch.file("keys.psk", b"alice:000102030405060708090a0b0c0d0e0f\n");
+    let credentials = format!(
+        "tls-creds-psk,id=tls,endpoint=server,dir={}",
+        scratch.dir().display()
+    );
+    let served = Served::start_over(
+        scratch,
+        image,
+        &["--object", &credentials],
+        ",tls-creds=tls",
+        ",writable=on",
+    );
+    let uri = format!(
+        "nbds+unix://alice@/disk?socket={}&tls-psk-file={}",
+        served.socket.display(),
+        keys.display()
+    );
+    (served, uri)
+}
+
+#[test]
+fn tls_carries_everything_and_is_demanded() {
+    needs!("qemu-img", "nbdcopy", "nbdinfo");
+    let (served, uri) = serve_with_keys(Scratch::in_memory());
+    let content = noise(8, SIZE as usize);
+    let source = served.scratch.file("source", &content);
+    run_ok(
+        "nbdcopy",
+        &["--connections=2", source.to_str().unwrap(), &uri],
+    );
+    let target = served.scratch.path("target");
+    run_ok("nbdcopy", &[&uri, target.to_str().unwrap()]);
+    assert_same("the copy", &fs::read(&target).unwrap(), &content);
+    let plain = run("nbdinfo", &[served.uri()]);
+    assert!(!plain.success());
+    let wrong = served
+        .scratch
+        .file("wrong.psk", b"alice:ff0102030405060708090a0b0c0d0e0f\n");
+    let wrong = uri.replace("keys.psk", wrong.file_name().unwrap().to_str().unwrap());
+    assert!(!run("nbdinfo", &[wrong]).success());
+    served.assert_image_is(&content);
+}
+
+#[test]
+fn tls_is_refused_where_there_is_none() {
+    needs!("qemu-img", "nbdinfo");
+    let served = Served::start(&[], "", "");
+    let keys = served
+        .scratch
+        .file("keys.psk", b"alice:000102030405060708090a0b0c0d0e0f\n");
+    let uri = format!(
+        "nbds+unix://alice@/disk?socket={}&tls-psk-file={}",
+        served.socket.display(),
+        keys.display()
+    );
+    assert!(!run("nbdinfo", &[uri]).success());
+    assert!(Path::new(&served.socket).exists());
+    served.daemon.stop();
+}
