@@ -16,7 +16,8 @@ use crate::support::model::{assert_same, noise};
 use crate::support::run::{Ended, limited, run, run_ok};
 use crate::support::{Qmp, Scratch, eventually, qemu};
 
-const SIZE: u64 = 64 * MIB as u64;
+const SIZE: u64 = BYTES as u64;
+const BYTES: usize = 64 * MIB;
 
 /// A daemon that exports a qcow2 image over NBD.
 struct Served {
@@ -242,7 +243,7 @@ fn read_only_export_refuses_changes() {
          \x20       assert e.errnum == errno.EPERM, e\n",
     );
     let mut wanted = content;
-    wanted.resize(SIZE as usize, 0);
+    wanted.resize(BYTES, 0);
     served.assert_image_is(&wanted);
 }
 
@@ -250,7 +251,7 @@ fn read_only_export_refuses_changes() {
 fn content_is_copied_both_ways_over_many_connections() {
     needs!("qemu-img", "nbdcopy");
     let served = Served::start(&[], "", ",writable=on");
-    let mut content = noise(3, SIZE as usize);
+    let mut content = noise(3, BYTES);
     content[MIB..20 * MIB].fill(0);
     let source = served.scratch.file("source", &content);
     let uri = served.uri();
@@ -329,7 +330,7 @@ fn every_command_and_flag_does_its_work() {
          refused(errno.EINVAL, lambda: h.block_status(512, 0, lambda *a: 0))\n\
          assert h.pread(33, 5 << 20) == b'b' * 33\n",
     );
-    let mut wanted = vec![0; SIZE as usize];
+    let mut wanted = vec![0; BYTES];
     wanted[1000..101_000].fill(b'a');
     wanted[2000..7000].fill(0);
     wanted[5 * MIB..5 * MIB + 33].fill(b'b');
@@ -356,6 +357,45 @@ fn block_status_tells_holes_and_stops_where_asked() {
          s.block_status(1 << 20, 65536, take, nbd.CMD_FLAG_REQ_ONE)\n\
          assert got == [(65536, [65536, 3])], got\n",
     );
+    served.daemon.stop();
+}
+
+#[test]
+fn depth_tells_the_layer() {
+    needs!("qemu-img", "nbdinfo");
+    let scratch = Scratch::in_memory();
+    let base = scratch.path("base.qcow2");
+    qemu::create(&base, SIZE, "");
+    qemu::io(&base, "qcow2", &["write 0 2M".to_owned()]);
+    let image = scratch.path("top.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    qemu::img(
+        &[
+            &create[..],
+            &[base.to_str().unwrap(), image.to_str().unwrap()],
+        ]
+        .concat(),
+    );
+    qemu::io(&image, "qcow2", &["write 1M 2M".to_owned()]);
+    let served = Served::start_over(scratch, image, &[], "", ",allocation-depth=on");
+    let map = run_ok(
+        "nbdinfo",
+        &["--map=qemu:allocation-depth", "--json", &served.uri()],
+    );
+    let map: Value = serde_json::from_str(&map).unwrap();
+    let types: Vec<_> = map
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|extent| {
+            (
+                extent["length"].as_u64().unwrap(),
+                extent["type"].as_u64().unwrap(),
+            )
+        })
+        .collect();
+    let mib = MIB as u64;
+    assert_eq!(types, [(mib, 2), (2 * mib, 1), (SIZE - 3 * mib, 0)]);
     served.daemon.stop();
 }
 
@@ -685,7 +725,7 @@ fn nbdkit_passes_it_on() {
         &["-U", "-", "nbd", &socket, "export=disk", "--run", &copying],
     );
     let mut wanted = content;
-    wanted.resize(SIZE as usize, 0);
+    wanted.resize(BYTES, 0);
     assert_same("the copy", &fs::read(copy).unwrap(), &wanted);
     served.daemon.stop();
 }
@@ -718,7 +758,7 @@ fn serve_with_keys(scratch: Scratch) -> (Served, String) {
 fn tls_carries_everything_and_is_demanded() {
     needs!("qemu-img", "nbdcopy", "nbdinfo");
     let (served, uri) = serve_with_keys(Scratch::in_memory());
-    let content = noise(8, SIZE as usize);
+    let content = noise(8, BYTES);
     let source = served.scratch.file("source", &content);
     run_ok(
         "nbdcopy",

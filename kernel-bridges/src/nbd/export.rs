@@ -10,6 +10,8 @@ use stord_aio::sync::Notify;
 use stord_block::Backend;
 use stord_block::drivers::protocol::nbd::wire::{self, BlockSizeInfo, TransmissionFlags};
 
+use stord_qmp::schema::export::BlockExportOptionsNbd;
+
 use super::connection;
 use super::handshake::Agreement;
 use crate::export::{Ended, Export, LocalFuture, Parts};
@@ -25,6 +27,7 @@ pub(crate) struct NbdExport {
     contexts: Vec<Context>,
     writable: bool,
     writethrough: bool,
+    allocation_depth: bool,
     clients: RefCell<Vec<Client>>,
     /// Number of the client that comes next.
     next: Cell<u64>,
@@ -51,14 +54,15 @@ pub(super) struct Presentation {
 
 impl NbdExport {
     /// An export without clients.
-    pub(crate) fn new(name: String, description: Option<String>, parts: Parts) -> Rc<Self> {
+    pub(crate) fn new(name: String, options: &BlockExportOptionsNbd, parts: Parts) -> Rc<Self> {
         Rc::new(Self {
             name,
-            description,
+            description: options.description.clone(),
             backend: parts.backend,
             contexts: parts.contexts,
             writable: parts.writable,
             writethrough: parts.writethrough,
+            allocation_depth: options.allocation_depth.unwrap_or(false),
             clients: RefCell::default(),
             next: Cell::new(0),
             is_closing: Cell::new(false),
@@ -74,6 +78,11 @@ impl NbdExport {
     /// What it is, for people.
     pub(super) fn description(&self) -> Option<&str> {
         self.description.as_deref()
+    }
+
+    /// Whether clients can see how deep data lies in the backing chain.
+    pub(super) fn has_allocation_depth(&self) -> bool {
+        self.allocation_depth
     }
 
     /// Whether new clients are let in.

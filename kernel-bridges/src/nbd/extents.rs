@@ -1,9 +1,8 @@
 //! What is where: answers to `BLOCK_STATUS`, and which parts of a read are zeroes.
 
 use stord_aio::Errno;
-use stord_block::Backend;
-use stord_block::driver::BlockStatus;
 use stord_block::drivers::protocol::nbd::wire::{Extent32, Extent64, STATE_HOLE, STATE_ZERO};
+use stord_block::{Backend, Detail, Location};
 use zerocopy::IntoBytes as _;
 
 use super::handshake::MetaContext;
@@ -38,12 +37,14 @@ pub(super) async fn of(
     let end = offset.saturating_add(length);
     let mut at = offset;
     while at < end {
-        let status = backend.block_status(at, end - at).await?;
+        let location = backend.locate(at, end - at, Detail::Map).await?;
         let flags = match context {
-            MetaContext::Allocation => allocation(&status),
+            MetaContext::Allocation => allocation(&location),
+            MetaContext::Depth if location.present => location.depth.saturating_add(1),
+            MetaContext::Depth => 0,
         };
         let extent = Extent {
-            length: status.len,
+            length: location.len,
             flags,
         };
         at += extent.length;
@@ -60,9 +61,9 @@ pub(super) async fn of(
     Ok(extents)
 }
 
-fn allocation(status: &BlockStatus) -> u32 {
-    let hole = if status.data { 0 } else { STATE_HOLE };
-    let zero = if status.zero { STATE_ZERO } else { 0 };
+fn allocation(location: &Location) -> u32 {
+    let hole = if location.data { 0 } else { STATE_HOLE };
+    let zero = if location.zero { STATE_ZERO } else { 0 };
     hole | zero
 }
 

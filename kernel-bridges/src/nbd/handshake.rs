@@ -8,9 +8,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use stord_block::drivers::protocol::nbd::wire::{
-    BASE_ALLOCATION, ExportInfo, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting, INIT_MAGIC,
-    InfoKind, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionKind, OptionReply,
-    OptionReplyHeader, TransmissionFlags,
+    ALLOCATION_DEPTH, BASE_ALLOCATION, ExportInfo, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting,
+    INIT_MAGIC, InfoKind, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionKind,
+    OptionReply, OptionReplyHeader, TransmissionFlags,
 };
 use stord_credentials::Credentials;
 use stord_credentials::tls::{TlsCredentials, TlsSession};
@@ -69,6 +69,8 @@ pub(super) struct Manner {
 pub(super) enum MetaContext {
     /// What is allocated.
     Allocation,
+    /// How deep in the backing chain it lies.
+    Depth,
 }
 
 impl MetaContext {
@@ -76,12 +78,14 @@ impl MetaContext {
     pub(super) fn id(self) -> u32 {
         match self {
             Self::Allocation => 0,
+            Self::Depth => 1,
         }
     }
 
     fn name(self) -> &'static str {
         match self {
             Self::Allocation => BASE_ALLOCATION,
+            Self::Depth => ALLOCATION_DEPTH,
         }
     }
 }
@@ -397,7 +401,10 @@ impl Handshake<'_> {
             let text = format!("export '{name}' not present");
             return self.refuse(number, OptionReply::Unknown, &text).await;
         };
-        let available = vec![MetaContext::Allocation];
+        let mut available = vec![MetaContext::Allocation];
+        if export.has_allocation_depth() {
+            available.push(MetaContext::Depth);
+        }
         let is_wanted = |context: &MetaContext| {
             if is_choice {
                 queries.contains(&context.name())
@@ -543,7 +550,7 @@ mod tests {
     fn queries_name_contexts_or_their_namespace() {
         assert!(lists("base:", BASE_ALLOCATION));
         assert!(lists("base:allocation", BASE_ALLOCATION));
-        assert!(lists("qemu:", "qemu:allocation-depth"));
+        assert!(lists("qemu:", ALLOCATION_DEPTH));
         assert!(!lists("base", BASE_ALLOCATION));
         assert!(!lists("qemu:", BASE_ALLOCATION));
         assert!(!lists("base:alloc", BASE_ALLOCATION));

@@ -98,6 +98,7 @@ impl ExportRegistry {
                 BlockExportKind::Nbd(BlockExportOptionsNbd {
                     name: Some(name.clone()),
                     description,
+                    ..BlockExportOptionsNbd::default()
                 }),
                 name,
                 node_name,
@@ -165,7 +166,7 @@ impl ExportRegistry {
     ) -> Result<(Rc<dyn Export>, Ended), Error> {
         let name = options.name.clone();
         let name = name.unwrap_or_else(|| entry.node_name.clone());
-        let export = NbdExport::new(name, options.description.clone(), parts);
+        let export = NbdExport::new(name, options, parts);
         self.nbd.offer(&export)?;
         let ended = export.ended();
         Ok((export, ended))

@@ -58,6 +58,8 @@ pub struct BlockExportOptionsNbd {
     pub name: Option<String>,
     /// What it is, for people; at most 4096 bytes.
     pub description: Option<String>,
+    /// Let clients see how deep in the backing chain data lies, as `qemu:allocation-depth`; default off.
+    pub allocation_depth: Option<bool>,
 }
 
 /// The iothreads of an export.
