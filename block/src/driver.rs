@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 use stord_aio::{Errno, IoVec};
 use stord_qmp::Error;
 use stord_qmp::schema::block::BlockdevDriver;
+use stord_qmp::schema::create::PreallocMode;
 use stord_qmp::schema::node_info::SnapshotInfo;
 
 use crate::graph::{Claim, NodeOptions, Permissions, storage_claim};
@@ -130,8 +131,9 @@ pub trait Protocol: Send + Sync {
     /// The status of the range's beginning.
     fn status<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a, BlockStatus>;
 
-    /// Changes the length. `exact` forbids a longer result than asked for.
-    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a>;
+    /// Changes the length. `exact` forbids a longer result than asked for. Space for what is new is reserved as `preallocation` says,
+    /// which is never `Full`: the generic layer writes the zeroes. `ENOTSUP` where that cannot be; a failure leaves the length as it was.
+    fn truncate<'a>(&'a self, size: u64, exact: bool, preallocation: PreallocMode) -> IoFuture<'a>;
 
     /// Bytes the storage takes up in fact, where the leaf knows.
     fn allocated_size<'a>(&'a self) -> IoFuture<'a, u64>;
@@ -361,8 +363,18 @@ pub trait Format: Send + Sync {
         false
     }
 
-    /// Changes the guest-visible length.
-    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a>;
+    /// Says why the guest-visible length cannot become `size` bytes, as far as that is known before trying.
+    ///
+    /// # Errors
+    /// In the reference's wording.
+    fn check_resize(&self, size: u64) -> Result<(), Error> {
+        let _ = size;
+        Ok(())
+    }
+
+    /// Changes the guest-visible length. What is new reads as zeroes; space for it is reserved as `preallocation` says, `ENOTSUP` where
+    /// that cannot be.
+    fn truncate<'a>(&'a self, size: u64, exact: bool, preallocation: PreallocMode) -> IoFuture<'a>;
 
     /// What the node claims of `child`, given what its own parents want and share. The default is for formats with metadata in their
     /// file.

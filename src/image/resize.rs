@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use stord_block::Permissions;
 use stord_block::graph::Claim;
 use stord_qmp::Error;
+use stord_qmp::schema::create::PreallocMode;
 
 use super::{IMAGE, Mode, Subject, size};
 use crate::mount::guess::Format;
@@ -24,9 +25,36 @@ pub struct ResizeArgs {
     /// Allow the image to get shorter; what is behind the new end is lost
     #[arg(long)]
     shrink: bool,
+    /// Reserve the space of what is new: its metadata only, by allocating it, or by writing it
+    #[arg(long, value_name = "HOW", default_value = "off")]
+    preallocation: Preallocation,
     /// Open the image as this format instead of guessing it
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
+}
+
+/// How space is reserved.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Preallocation {
+    /// Not at all
+    Off,
+    /// Its metadata only
+    Metadata,
+    /// By allocating it
+    Falloc,
+    /// By writing zeroes
+    Full,
+}
+
+impl Preallocation {
+    fn mode(self) -> PreallocMode {
+        match self {
+            Self::Off => PreallocMode::Off,
+            Self::Metadata => PreallocMode::Metadata,
+            Self::Falloc => PreallocMode::Falloc,
+            Self::Full => PreallocMode::Full,
+        }
+    }
 }
 
 /// Resizes, and returns the exit status.
@@ -51,7 +79,9 @@ pub fn run(args: &ResizeArgs) -> ExitCode {
             ))
             .with_hint("What is behind the new end would be lost. If so be it, add --shrink."));
         }
-        let resized = graph.resize(IMAGE, new).await;
+        let resized = graph
+            .resize_preallocating(IMAGE, new, args.preallocation.mode())
+            .await;
         resized.map_err(|error| error.context(format!("cannot resize '{shown}'")))?;
         println!("'{shown}' has {new} bytes now; it had {old}.");
         Ok(ExitCode::SUCCESS)

@@ -2,6 +2,7 @@
 
 mod create;
 mod map;
+mod resize;
 
 use std::path::Path;
 

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwapOption;
 use stord_aio::{Errno, IoVec};
+use stord_qmp::schema::create::PreallocMode;
 
 use crate::driver::{BlockStatus, ZeroFlags};
 use crate::graph::{Claim, Node, Permissions};
@@ -302,7 +303,7 @@ impl Backend {
             return Err(Errno::EPERM);
         }
         let request = self.start().await?;
-        io::truncate(&request.node, size, exact).await
+        io::truncate(&request.node, size, exact, PreallocMode::Off).await
     }
 
     /// Bytes of storage that the image takes up, without its backing files.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use stord_aio::{Errno, IoVec};
+use stord_qmp::schema::create::PreallocMode;
 
 use super::{Node, Permissions};
 use crate::driver::{BlockStatus, ChildId, ZeroFlags};
@@ -160,12 +161,18 @@ impl Children {
         io::flush(&self.held(child)?).await
     }
 
-    /// Changes the child's length.
+    /// Changes the child's length, and reserves space for what is new as `preallocation` says.
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub async fn truncate(&self, child: ChildId, size: u64, exact: bool) -> Result<(), Errno> {
-        io::truncate(&self.held(child)?, size, exact).await
+    pub async fn truncate(
+        &self,
+        child: ChildId,
+        size: u64,
+        exact: bool,
+        preallocation: PreallocMode,
+    ) -> Result<(), Errno> {
+        io::truncate(&self.held(child)?, size, exact, preallocation).await
     }
 
     /// The status of the beginning of the range.

@@ -22,6 +22,7 @@ use std::sync::{Arc, Weak};
 
 use stord_aio::sync;
 use stord_qmp::schema::block::{BlockdevOptions, BlockdevRef};
+use stord_qmp::schema::create::PreallocMode;
 use stord_qmp::{Error, ErrorClass};
 
 pub use claims::storage_claim;
@@ -257,28 +258,55 @@ impl Graph {
     /// # Errors
     /// There is no such node, it is read-only, a user of it forbids it, or the driver cannot.
     pub async fn resize(&self, node_name: &str, size: u64) -> Result<(), Error> {
+        self.resize_preallocating(node_name, size, PreallocMode::Off)
+            .await
+    }
+
+    /// Changes a node's length and reserves space for what is new.
+    ///
+    /// # Errors
+    /// As [`resize`](Self::resize), and the space cannot be reserved that way, or at all; the length is as it was then.
+    pub async fn resize_preallocating(
+        &self,
+        node_name: &str,
+        size: u64,
+        preallocation: PreallocMode,
+    ) -> Result<(), Error> {
         let claim = Claim {
             permissions: Permissions::RESIZE,
             shared: Permissions::all(),
         };
         let backend = self.attach(node_name, "block_resize", claim).await?;
-        let result = self.resize_drained(&backend, size).await;
+        let result = self.resize_drained(&backend, size, preallocation).await;
         self.detach(backend).await;
         result
     }
 
-    async fn resize_drained(&self, backend: &Backend, size: u64) -> Result<(), Error> {
+    async fn resize_drained(
+        &self,
+        backend: &Backend,
+        size: u64,
+        preallocation: PreallocMode,
+    ) -> Result<(), Error> {
         let _change = self.change.lock().await;
         let node = backend
             .root()
             .node()
             .ok_or_else(|| Error::generic("The node has gone"))?;
+        if preallocation != PreallocMode::Off && size < node.size() {
+            return Err(Error::generic(
+                "Preallocation can only be used for growing images",
+            ));
+        }
+        if let Driver::Format(format) = node.driver() {
+            format.check_resize(size)?;
+        }
         let _drained = self.drain(std::slice::from_ref(&node)).await;
         let resized = {
             let node = Arc::clone(&node);
             self.contexts
                 .main()
-                .run(move || async move { io::truncate(&node, size, true).await })
+                .run(move || async move { io::truncate(&node, size, true, preallocation).await })
                 .await
         };
         match resized {
@@ -289,6 +317,12 @@ impl Graph {
                     }
                 }
                 Ok(())
+            }
+            Ok(Err(stord_aio::Errno::ENOTSUP)) if preallocation != PreallocMode::Off => {
+                Err(Error::generic(format!(
+                    "Unsupported preallocation mode: {}",
+                    preallocation.name()
+                )))
             }
             Ok(Err(stord_aio::Errno::ENOTSUP)) => Err(Error::generic(
                 "Image format driver does not support resize",

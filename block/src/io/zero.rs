@@ -94,7 +94,8 @@ async fn edge(node: &Arc<Node>, start: u64, end: u64, flags: ZeroFlags) -> Resul
     Ok(())
 }
 
-async fn as_data(node: &Arc<Node>, start: u64, end: u64) -> Result<(), Errno> {
+/// Zeroes the range by writing data.
+pub(super) async fn as_data(node: &Arc<Node>, start: u64, end: u64) -> Result<(), Errno> {
     let piece = usize::try_from((end - start).min(DATA_PIECE)).map_err(|_| Errno::ENOMEM)?;
     let buffer = IoBuffer::zeroed(piece);
     let mut at = start;

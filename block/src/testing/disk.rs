@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use stord_aio::sync::Notify;
 use stord_aio::{Errno, IoVec, spawn_local, sync::oneshot, yield_now};
 use stord_qmp::Error;
+use stord_qmp::schema::create::PreallocMode;
 
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
 use crate::graph::Permissions;
@@ -350,7 +351,12 @@ impl Protocol for MemoryDisk {
         Box::pin(async move { Ok(status) })
     }
 
-    fn truncate<'a>(&'a self, size: u64, _exact: bool) -> IoFuture<'a> {
+    fn truncate<'a>(
+        &'a self,
+        size: u64,
+        _exact: bool,
+        _preallocation: PreallocMode,
+    ) -> IoFuture<'a> {
         self.request(Fault::Truncate, size, 0, move |inner, carry| {
             if matches!(carry, Carry::Part(number) if number % 2 == 0) {
                 return;

@@ -3,6 +3,7 @@
 use stord_aio::Errno;
 use stord_qmp::Error;
 use stord_qmp::schema::block::BlockdevOptionsRaw;
+use stord_qmp::schema::create::PreallocMode;
 
 use crate::driver::{
     ChildId, Extent, ExtentKind, FILE, Format, IoFuture, Limits, Lookup, WritePlan, ZeroFlags,
@@ -124,12 +125,15 @@ impl Format for Raw {
         true
     }
 
-    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a> {
+    fn truncate<'a>(&'a self, size: u64, exact: bool, preallocation: PreallocMode) -> IoFuture<'a> {
         Box::pin(async move {
             if self.size.is_some() {
                 return Err(Errno::ENOTSUP);
             }
-            self.children.truncate(FILE, self.below(size)?, exact).await
+            let below = self.below(size)?;
+            self.children
+                .truncate(FILE, below, exact, preallocation)
+                .await
         })
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use stord_aio::{Errno, IoVec, time};
 use stord_qmp::Error;
 use stord_qmp::schema::block::{BlockdevDriver, BlockdevOptionsNull};
+use stord_qmp::schema::create::PreallocMode;
 
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
 use crate::graph::{NodeOptions, cannot_change};
@@ -98,7 +99,12 @@ impl Protocol for Null {
         })
     }
 
-    fn truncate<'a>(&'a self, _size: u64, _exact: bool) -> IoFuture<'a> {
+    fn truncate<'a>(
+        &'a self,
+        _size: u64,
+        _exact: bool,
+        _preallocation: PreallocMode,
+    ) -> IoFuture<'a> {
         Box::pin(async { Err(Errno::ENOTSUP) })
     }
 

@@ -97,10 +97,17 @@ impl Space {
             if self.refcounts.get(end)? != 0 {
                 start = self.first_free(end)?;
                 end = start;
-            } else if self.ensure_block(end)? {
+            } else if self.refcounts.has_block(end)? {
                 end += 1;
+            } else if self.refcounts.block_of(end) >= self.refcounts.capacity() {
+                // May take what was free here: look at it again.
+                self.grow_table(self.refcounts.block_of(end))?;
+            } else {
+                // In front of the run: a block within it would cut it short, and the next one again.
+                self.add_block(self.refcounts.block_of(end), start)?;
+                start += 1;
+                end = end.max(start);
             }
-            // Otherwise this cluster has become a refcount block, or the table has moved: look at it again.
         }
         self.take(start, count)
     }
@@ -144,8 +151,14 @@ impl Space {
         {
             return Err(AllocError::Overlap(kind));
         }
-        for cluster in cluster..end {
-            self.refcounts.set(cluster, 1)?;
+        for taken in cluster..end {
+            if let Err(missing) = self.refcounts.set(taken, 1) {
+                // Those that are changed stay in memory, so this cannot fail.
+                for taken in cluster..taken {
+                    self.refcounts.set(taken, 0)?;
+                }
+                return Err(missing.into());
+            }
         }
         let fresh = cluster >= self.fresh_from;
         self.fresh_from = self.fresh_from.max(end);
@@ -165,23 +178,28 @@ impl Space {
         if block >= self.refcounts.capacity() {
             self.grow_table(block)?;
         } else {
-            self.add_block(cluster)?;
+            self.add_block(block, cluster)?;
         }
         Ok(false)
     }
 
-    /// Makes the free cluster the refcount block for itself and its neighbours.
-    fn add_block(&mut self, cluster: u64) -> Result<(), AllocError> {
+    /// Makes the free cluster, whose count is in this block or one that is there, a refcount block.
+    fn add_block(&mut self, block: u64, cluster: u64) -> Result<(), AllocError> {
         if let Some(kind) = self.places.hit(cluster, &self.geometry) {
             return Err(AllocError::Overlap(kind));
         }
         if cluster >= MAX_HOST_OFFSET >> self.geometry.cluster_bits {
             return Err(AllocError::NoSpace);
         }
-        let block = self.refcounts.block_of(cluster);
-        self.refcounts
-            .add_block(block, cluster << self.geometry.cluster_bits);
-        self.take(cluster, 1)?;
+        let offset = cluster << self.geometry.cluster_bits;
+        if self.refcounts.block_of(cluster) == block {
+            self.refcounts.add_block(block, offset);
+            self.take(cluster, 1)?;
+        } else {
+            // Its count may have to be loaded first.
+            self.take(cluster, 1)?;
+            self.refcounts.add_block(block, offset);
+        }
         self.places.add_cluster(cluster, Overlap::REFCOUNT_BLOCK);
         Ok(())
     }

@@ -53,6 +53,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use arc_swap::ArcSwap;
 use stord_aio::sync;
 use stord_aio::{Errno, IoVec};
+use stord_qmp::Error;
+use stord_qmp::schema::create::PreallocMode;
 
 use self::cache::SliceCache;
 use self::clean::Cleaning;
@@ -227,8 +229,12 @@ impl Format for Qcow2 {
         Box::pin(self.0.write_back())
     }
 
-    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a> {
-        Box::pin(self.0.truncate(size, exact))
+    fn check_resize(&self, size: u64) -> Result<(), Error> {
+        self.0.check_resize(size)
+    }
+
+    fn truncate<'a>(&'a self, size: u64, exact: bool, preallocation: PreallocMode) -> IoFuture<'a> {
+        Box::pin(self.0.truncate(size, exact, preallocation))
     }
 
     fn close<'a>(&'a self) -> IoFuture<'a> {

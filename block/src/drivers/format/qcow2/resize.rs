@@ -4,17 +4,42 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use stord_aio::{Errno, IoBuffer};
+use stord_qmp::Error;
+use stord_qmp::schema::create::PreallocMode;
 
 use super::Image;
 use super::layout::MAX_L1_BYTES;
 use super::options::{FreeReason, Overlap};
 use super::table::space;
 use super::zero::Change;
-use crate::driver::{BACKING, DATA_FILE, FILE};
+use crate::driver::{BACKING, DATA_FILE, FILE, WritePiece, ZeroFlags};
+
+/// Zeroes are written in pieces of this many bytes.
+const ZEROES: u64 = 1 << 20;
 
 impl Image {
+    /// Says why the length cannot become `size` bytes.
+    pub(super) fn check_resize(&self, size: u64) -> Result<(), Error> {
+        let refuse = |message: &str| Err(Error::generic(message));
+        if !size.is_multiple_of(512) {
+            return refuse("The new size must be a multiple of 512");
+        }
+        if self.geometry.version < 3 && !self.snapshots.load().list.is_empty() {
+            return refuse("Can't resize a v2 image which has snapshots");
+        }
+        if self.geometry.l1_entries_for(size) > MAX_L1_BYTES / 8 {
+            return refuse("Failed to grow the L1 table: File too large");
+        }
+        Ok(())
+    }
+
     /// Changes the length to `size` bytes.
-    pub(super) async fn truncate(self: &Arc<Self>, size: u64, exact: bool) -> Result<(), Errno> {
+    pub(super) async fn truncate(
+        self: &Arc<Self>,
+        size: u64,
+        exact: bool,
+        preallocation: PreallocMode,
+    ) -> Result<(), Errno> {
         if !size.is_multiple_of(512) {
             return Err(Errno::EINVAL);
         }
@@ -26,13 +51,19 @@ impl Image {
         let _order = self.resizing.lock().await;
         let old = self.size();
         if size > old {
-            self.grow(old, size, exact).await
+            self.grow(old, size, exact, preallocation).await
         } else {
             self.shrink(old, size, exact).await
         }
     }
 
-    async fn grow(self: &Arc<Self>, old: u64, size: u64, exact: bool) -> Result<(), Errno> {
+    async fn grow(
+        self: &Arc<Self>,
+        old: u64,
+        size: u64,
+        exact: bool,
+        preallocation: PreallocMode,
+    ) -> Result<(), Errno> {
         let entries = self.geometry.l1_entries_for(size);
         if entries > MAX_L1_BYTES / 8 {
             return Err(Errno::EFBIG);
@@ -44,9 +75,14 @@ impl Image {
             self.grow_l1(entries).await?;
         }
         if self.geometry.data_file && self.children.size(DATA_FILE) < size {
-            self.children.truncate(DATA_FILE, size, exact).await?;
+            self.children
+                .truncate(DATA_FILE, size, exact, PreallocMode::Off)
+                .await?;
         }
         self.zero_new_part(old, size).await?;
+        if preallocation != PreallocMode::Off {
+            self.preallocate(old, size, preallocation).await?;
+        }
         // On disk, too, the new part reads as zeroes before it shows.
         self.write_back().await?;
         if self.geometry.data_file {
@@ -87,6 +123,84 @@ impl Image {
         Ok(())
     }
 
+    /// Allocates all clusters of the new part, which reads as zeroes already, and goes on doing so.
+    async fn preallocate(
+        self: &Arc<Self>,
+        old: u64,
+        size: u64,
+        mode: PreallocMode,
+    ) -> Result<(), Errno> {
+        let cluster = self.geometry.cluster_size();
+        let start = old.checked_next_multiple_of(cluster).ok_or(Errno::EFBIG)?;
+        let last = size.checked_next_multiple_of(cluster).ok_or(Errno::EFBIG)?;
+        // A data file is no longer than the disk.
+        let end = if self.geometry.data_file { size } else { last };
+        let mut at = start;
+        while at < end {
+            if let Err(errno) = self.preallocate_some(&mut at, end, mode).await {
+                // What the first failure left; that this fails, too, changes nothing about it.
+                let _ = self.change_range(start, last, Change::Drop).await;
+                return Err(errno);
+            }
+        }
+        Ok(())
+    }
+
+    async fn preallocate_some(
+        self: &Arc<Self>,
+        at: &mut u64,
+        end: u64,
+        mode: PreallocMode,
+    ) -> Result<(), Errno> {
+        let plan = self.prepare_write(*at, end - *at).await?;
+        for piece in &plan.pieces {
+            self.reserve(piece, mode).await?;
+        }
+        if let Some(commit) = plan.commit {
+            commit.commit().await?;
+        }
+        *at += plan.len;
+        Ok(())
+    }
+
+    /// Makes a piece of a file read as zeroes, with as much space behind it as `mode` wants.
+    async fn reserve(&self, piece: &WritePiece, mode: PreallocMode) -> Result<(), Errno> {
+        let (child, end) = (piece.child, piece.offset + piece.len);
+        let flags = match mode {
+            PreallocMode::Full => {
+                let mut at = piece.offset;
+                while at < end {
+                    let len = (end - at).min(ZEROES);
+                    let bytes = usize::try_from(len).map_err(|_| Errno::ENOMEM)?;
+                    let zeroes = IoBuffer::zeroed(bytes);
+                    self.children.write(child, at, zeroes.into(), false).await?;
+                    at += len;
+                }
+                return Ok(());
+            }
+            PreallocMode::Falloc => ZeroFlags::empty(),
+            PreallocMode::Off | PreallocMode::Metadata => ZeroFlags::MAY_UNMAP,
+        };
+        let length = self.children.size(child);
+        if flags.contains(ZeroFlags::MAY_UNMAP) && length < end {
+            // Only what is inside a file can be a hole.
+            self.children
+                .truncate(child, end, true, PreallocMode::Off)
+                .await?;
+        }
+        let in_file = if flags.is_empty() {
+            end
+        } else {
+            end.min(length)
+        };
+        if piece.offset < in_file {
+            self.children
+                .write_zeroes(child, piece.offset, in_file - piece.offset, flags)
+                .await?;
+        }
+        Ok(())
+    }
+
     async fn shrink(&self, old: u64, size: u64, exact: bool) -> Result<(), Errno> {
         let cluster = self.geometry.cluster_size();
         let first = size.checked_next_multiple_of(cluster).ok_or(Errno::EFBIG)?;
@@ -96,7 +210,9 @@ impl Image {
             self.change_range(first, end, Change::Drop).await?;
         }
         if self.geometry.data_file && exact {
-            self.children.truncate(DATA_FILE, size, exact).await?;
+            self.children
+                .truncate(DATA_FILE, size, exact, PreallocMode::Off)
+                .await?;
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ pub(crate) mod create;
 mod lock;
 mod open;
 pub mod own_mounts;
+mod resize;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,10 +23,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arc_swap::ArcSwap;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::stat::fstat;
-use nix::unistd::{Whence, ftruncate, lseek};
+use nix::unistd::{Whence, lseek};
 use stord_aio::{Errno, Fallocate, File, IoVec, pool};
 use stord_qmp::Error;
 use stord_qmp::schema::block::{BlockdevDriver, OnOffAuto};
+use stord_qmp::schema::create::PreallocMode;
 use stord_qmp::schema::statistics::BlockStatsSpecificFile;
 
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
@@ -314,18 +316,18 @@ impl Protocol for FileDriver {
         })
     }
 
-    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a> {
+    fn truncate<'a>(&'a self, size: u64, exact: bool, preallocation: PreallocMode) -> IoFuture<'a> {
         Box::pin(async move {
+            let length = self.length();
             if self.is_device {
-                let length = self.length();
                 return match size {
+                    _ if preallocation != PreallocMode::Off => Err(Errno::ENOTSUP),
                     _ if exact && size != length => Err(Errno::ENOTSUP),
                     _ if size > length => Err(Errno::EINVAL),
                     _ => Ok(()),
                 };
             }
-            let length = i64::try_from(size).map_err(|_| Errno::EFBIG)?;
-            self.on_pool(move |file| ftruncate(file.fd(), length))
+            self.on_pool(move |file| resize::resize(file.fd(), length, size, preallocation))
                 .await?;
             self.length.store(size, Ordering::Release);
             Ok(())

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use stord_aio::sim;
+use stord_qmp::schema::create::PreallocMode;
 
 use super::harness::{Image, Setup, assert_same, qemu, text};
 use super::made::{Kind, MIXED, Made};
@@ -86,7 +87,7 @@ impl Step {
             Self::Resize => {
                 let size = (size / 2 + below(random, size) + 4096) & !511;
                 model.active.resize(size, 0);
-                io::truncate(&image.0, size as u64, true).await
+                io::truncate(&image.0, size as u64, true, PreallocMode::Off).await
             }
             Self::Create => {
                 model.made += 1;

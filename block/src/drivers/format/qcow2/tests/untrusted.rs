@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use stord_aio::{Errno, sim};
 use stord_qmp::Error;
+use stord_qmp::schema::create::PreallocMode;
 
 use super::super::check::{Repair, Report, check_children};
 use super::opened::{Image, Setup};
@@ -175,7 +176,7 @@ async fn step(image: &Image, random: &mut Random, known: &mut Known) -> Result<(
                 _ => size.saturating_add(SECTOR * random.below(4096)),
             };
             known.retain(|&sector, _| (sector + 1) * SECTOR <= size);
-            return io::truncate(&image.0, size, true).await;
+            return io::truncate(&image.0, size, true, PreallocMode::Off).await;
         }
     };
     known.extend(sectors.map(|sector| (sector, fill)));

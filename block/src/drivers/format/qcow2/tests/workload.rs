@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use stord_aio::sync::{RangeGuard, RangeLock};
 use stord_aio::{Errno, IoBuffer, join_all};
+use stord_qmp::schema::create::PreallocMode;
 
 use super::harness::Image;
 use super::history::{History, SECTOR, hashes, zero_hash};
@@ -232,7 +233,7 @@ impl Guest {
         let old = self.image.0.size();
         let size = (old / 2 + random.below(old)).clamp(64 * 1024, self.largest) & !511;
         let change = self.history.borrow_mut().begin_resize(old, size);
-        io::truncate(&self.image.0, size, true).await?;
+        io::truncate(&self.image.0, size, true, PreallocMode::Off).await?;
         self.history.borrow_mut().end_resize(change);
         Ok(())
     }
