@@ -40,6 +40,7 @@ mod tests;
 
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing {
+    pub use super::tests::beside::live_beside_model;
     pub use super::tests::untrusted::use_untrusted;
 }
 

@@ -1,6 +1,7 @@
 //! Tests of the driver over a disk in memory, and against QEMU's tools where those are installed. What fuzzing needs of them is built
 //! for that, too.
 
+pub(crate) mod beside;
 #[cfg(test)]
 mod crash;
 #[cfg(test)]
