@@ -15,6 +15,10 @@ pub mod graph;
 mod io;
 pub mod job;
 #[cfg(any(test, fuzzing))]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "fuzzing needs only a part of it")
+)]
 mod testing;
 
 /// What coverage-guided fuzzing drives (`tests/fuzz`).

@@ -23,8 +23,15 @@ enum Rest {
 
 impl Rest {
     fn choose(operations: usize, random: &mut Random) -> Self {
+        // What arrived last is the most interesting: what it relied on may not have been waited for.
         let one = |random: &mut Random| {
-            usize::try_from(random.below(operations.max(1) as u64)).expect("an index")
+            let reach = match random.below(4) {
+                0 => 1,
+                1 => operations.min(4),
+                _ => operations,
+            };
+            let back = random.below(reach.max(1) as u64);
+            operations.saturating_sub(1 + usize::try_from(back).expect("an index"))
         };
         match random.below(12) {
             0..=2 => Self::Some(1 + random.below(9)),

@@ -6,11 +6,18 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use libfuzzer_sys::fuzz_target;
+use stord_aio::Errno;
 
 /// What the module needs of the daemon.
 mod report {
     pub fn reason(error: &std::io::Error) -> String {
         error.to_string()
+    }
+}
+
+mod mount {
+    pub fn size_text(bytes: u64) -> String {
+        bytes.to_string()
     }
 }
 
@@ -36,7 +43,7 @@ fuzz_target!(|data: &[u8]| {
                     None => head.get(at as usize).copied().unwrap_or(0),
                 }
             };
-            Ok((offset..offset + len as u64).map(byte).collect())
+            Ok::<Vec<u8>, Errno>((offset..offset + len as u64).map(byte).collect())
         },
     };
     let mut found = pin!(disk.partitions());

@@ -143,7 +143,7 @@ impl Run<'_> {
             usize::try_from(random.below(n.max(1) as u64)).expect("an index")
         };
         let at = below(random, len + 1);
-        match random.below(8) {
+        match random.below(9) {
             0..=3 => at,
             // Most is lost just before a flush.
             4 | 5 => {
@@ -152,22 +152,35 @@ impl Run<'_> {
                 };
                 at + self.journal[at..].iter().position(is_flush).unwrap_or(0)
             }
-            // The header decides about everything, and it is written when something large changes.
-            6 => {
-                let is_header = |(disk, operation): &(usize, Operation)| {
-                    *disk == 0 && matches!(operation, Operation::Write { offset: 0, .. })
-                };
-                let moments: Vec<usize> = (0..len)
-                    .filter(|&index| is_header(&self.journal[index]))
-                    .collect();
-                match moments.get(below(random, moments.len())) {
-                    Some(&header) => (header + 1 + below(random, 4)).min(len),
-                    None => at,
+            // The header decides about everything.
+            6 | 7 => match self.header_changes(below(random, 4)) {
+                changes if changes.is_empty() => at,
+                changes => {
+                    let change = changes[below(random, changes.len())];
+                    (change + 1 + [0, 0, 1, 3][below(random, 4)]).min(len)
                 }
-            }
+            },
             // The image is closed at the end.
             _ => len - below(random, 8).min(len),
         }
+    }
+
+    /// Where in the journal the header is written with another L1 table, refcount table, length or feature bits.
+    fn header_changes(&self, field: usize) -> Vec<usize> {
+        let place = [40..48, 48..56, 24..32, 72..80][field].clone();
+        let mut last = self.start[0][place.clone()].to_vec();
+        let mut found = Vec::new();
+        for (index, (disk, operation)) in self.journal.iter().enumerate() {
+            if let Operation::Write { offset: 0, data } = operation
+                && *disk == 0
+                && data.len() >= 80
+                && data[place.clone()] != last
+            {
+                found.push(index);
+                last = data[place.clone()].to_vec();
+            }
+        }
+        found
     }
 
     fn files(&self, contents: &Contents) -> Files {

@@ -229,9 +229,13 @@ impl Guest {
     }
 
     async fn resize(&self, random: &mut Random) -> Result<(), Errno> {
-        let _held = self.ranges.lock(0..u64::MAX).await;
         let old = self.image.0.size();
         let size = (old / 2 + random.below(old)).clamp(64 * 1024, self.largest) & !511;
+        // Requests on what is there before and after go on meanwhile.
+        let _held = self.ranges.lock(old.min(size)..u64::MAX).await;
+        if self.image.0.size() != old {
+            return Ok(());
+        }
         let change = self.history.borrow_mut().begin_resize(old, size);
         io::truncate(&self.image.0, size, true, PreallocMode::Off).await?;
         self.history.borrow_mut().end_resize(change);
