@@ -160,6 +160,8 @@ impl Run<'_> {
                     (change + 1 + [0, 0, 1, 3][below(random, 4)]).min(len)
                 }
             },
+            // The image is repaired, if need be, at the beginning.
+            8 if !self.is_first => below(random, 16).min(len),
             // The image is closed at the end.
             _ => len - below(random, 8).min(len),
         }
