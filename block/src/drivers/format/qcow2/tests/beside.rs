@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use stord_aio::{join_all, sim};
 use stord_qmp::schema::block::BlockdevRef;
-use stord_qmp::schema::create::{BlockdevCreateOptionsQcow2, BlockdevQcow2Version};
+use stord_qmp::schema::create::{BlockdevCreateOptionsQcow2, BlockdevQcow2Version, PreallocMode};
 
 use super::super::check::{Repair, check_children};
 use super::super::create::create;
@@ -103,7 +103,7 @@ impl Life {
 
     async fn resize(&self, choices: &mut Choices) {
         let size = 512 * (1 + choices.below(1024));
-        io::truncate(&self.image.0, size as u64, true)
+        io::truncate(&self.image.0, size as u64, true, PreallocMode::Off)
             .await
             .expect("resizes");
         self.model.borrow_mut().resize(size, 0);
