@@ -265,7 +265,7 @@ impl Server {
             }
             Action::NbdServer => {
                 let options = from_keyval(&value, None)?;
-                let credentials = self.daemon.objects.credentials();
+                let credentials = self.daemon.objects.credentials().clone();
                 self.daemon
                     .exports
                     .nbd_server_start(options, credentials)
@@ -299,6 +299,7 @@ impl Server {
                 daemonize,
                 takes_descriptors: true,
                 shutdown: &self.daemon.shutdown,
+                credentials: self.daemon.objects.credentials(),
             };
             let id = options.id.clone();
             let made = self.daemon.chardevs.add(options, setting).await?;

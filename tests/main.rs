@@ -20,4 +20,5 @@ mod qmp_clients;
 mod schema;
 mod sequences;
 mod snapshots;
+mod tls;
 mod writes;

@@ -190,33 +190,20 @@ fn socket(common: ChardevCommon, opts: &mut Opts) -> Result<ChardevSocket, Error
             return Err(Error::generic(message));
         }
     };
-    refuse_unbuilt(opts)?;
     Ok(ChardevSocket {
         common,
         addr: SocketAddressLegacy { address },
+        tls_creds: opts.take("tls-creds"),
+        tls_authz: opts.take("tls-authz"),
         server: Some(server),
         wait: server.then(|| wait.unwrap_or(true)),
         nodelay,
         telnet: opts.take_bool("telnet")?,
         tn3270: opts.take_bool("tn3270")?,
+        websocket: opts.take_bool("websocket")?,
         reconnect: opts.take_number("reconnect")?,
         reconnect_ms: opts.take_number("reconnect-ms")?,
     })
-}
-
-/// What the reference's sockets can do and ours cannot yet.
-fn refuse_unbuilt(opts: &mut Opts) -> Result<(), Error> {
-    for (name, is_asked) in [
-        ("tls-creds", opts.take("tls-creds").is_some()),
-        ("tls-authz", opts.take("tls-authz").is_some()),
-        ("websocket", opts.take_bool("websocket")? == Some(true)),
-    ] {
-        if is_asked {
-            let message = format!("Parameter '{name}' is not supported by stord yet");
-            return Err(Error::generic(message));
-        }
-    }
-    Ok(())
 }
 
 fn udp(common: ChardevCommon, opts: &mut Opts) -> Result<ChardevUdp, Error> {

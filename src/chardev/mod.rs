@@ -28,7 +28,9 @@ mod tests;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
+use stord_credentials::Credentials;
 use stord_qmp::Error;
 use stord_qmp::schema::chardev::{
     ChardevBackendInfo, ChardevBackendKind, ChardevCommon, ChardevInfo, ChardevOptions,
@@ -67,6 +69,8 @@ pub struct Setting<'a> {
     pub takes_descriptors: bool,
     /// What ends the waiting for a client.
     pub shutdown: &'a Shutdown,
+    /// Where TLS credentials and rules are found.
+    pub credentials: &'a Arc<Credentials>,
 }
 
 impl Chardevs {

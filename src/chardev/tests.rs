@@ -28,6 +28,7 @@ async fn add(chardevs: &Chardevs, text: &str) -> Result<User, Error> {
             daemonize: false,
             takes_descriptors: true,
             shutdown: &Shutdown::default(),
+            credentials: &Arc::default(),
         };
         chardevs.add(options, setting).await?;
     }
@@ -127,6 +128,7 @@ fn end_of_the_daemon_ends_the_waiting() {
             daemonize: false,
             takes_descriptors: true,
             shutdown: &shutdown,
+            credentials: &Arc::default(),
         };
         let chardevs = Chardevs::default();
         let add = chardevs.add(devices.remove(0), setting);

@@ -71,5 +71,6 @@ fn setting(daemon: &Daemon) -> Setting<'_> {
         daemonize: false,
         takes_descriptors: false,
         shutdown: &daemon.shutdown,
+        credentials: daemon.objects.credentials(),
     }
 }

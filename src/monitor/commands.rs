@@ -114,7 +114,7 @@ fn add_nbd(registry: &mut Registry<Daemon>) {
     registry.add(
         "nbd-server-start",
         |daemon: Rc<Daemon>, options: NbdServerOptionsLegacy| async move {
-            let credentials = daemon.objects.credentials();
+            let credentials = daemon.objects.credentials().clone();
             daemon
                 .exports
                 .nbd_server_start(options.into(), credentials)

@@ -83,8 +83,8 @@ impl Objects {
     }
 
     /// What of the objects is for those who look for credentials.
-    pub fn credentials(&self) -> Arc<Credentials> {
-        Arc::clone(&self.credentials)
+    pub fn credentials(&self) -> &Arc<Credentials> {
+        &self.credentials
     }
 
     /// Makes an object.

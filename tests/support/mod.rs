@@ -10,6 +10,7 @@ pub mod disk;
 pub mod loop_device;
 pub mod model;
 pub mod mounts;
+pub mod pki;
 pub mod prerequisites;
 pub mod qemu;
 pub mod qmp;

@@ -95,6 +95,10 @@ pub struct ChardevSocket {
     pub common: ChardevCommon,
     /// Where to listen or to connect to.
     pub addr: SocketAddressLegacy,
+    /// The credentials for TLS; default no TLS.
+    pub tls_creds: Option<String>,
+    /// The rule about who may come in; default everybody whom TLS lets in.
+    pub tls_authz: Option<String>,
     /// Whether to listen; default on.
     pub server: Option<bool>,
     /// Whether to wait for the first client before going on; default off, only for listening.
@@ -105,6 +109,8 @@ pub struct ChardevSocket {
     pub telnet: Option<bool>,
     /// Whether to speak telnet with 3270 terminals; default off.
     pub tn3270: Option<bool>,
+    /// Whether to speak WebSocket with clients; default off.
+    pub websocket: Option<bool>,
     /// Seconds between attempts to connect; default 0, a single attempt.
     #[qapi(features("deprecated"))]
     pub reconnect: Option<i64>,

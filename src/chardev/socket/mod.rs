@@ -1,7 +1,9 @@
 //! The device that is a stream socket: a server, or a client that may connect again and again. Over
-//! it may be spoken telnet.
+//! it may be spoken TLS, over that WebSocket, over that telnet.
 
 mod telnet;
+mod tls;
+mod websocket;
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -14,7 +16,7 @@ use std::time::Duration;
 use serde_json::Value;
 use socket2::Socket;
 use stord_qmp::schema::chardev::ChardevSocket;
-use stord_qmp::schema::socket::{SocketAddress, SocketAddressKind};
+use stord_qmp::schema::socket::{SocketAddress, SocketAddressKind, SocketAddressLegacyKind};
 use stord_qmp::{Error, to_json};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, split};
 
@@ -24,6 +26,7 @@ use crate::report::{Origin, reason};
 use stord_sockets::Descriptor;
 use stord_sockets::{Listeners, address};
 use telnet::Telnet;
+use websocket::Websocket;
 
 /// One client is served at a time, and one may wait.
 const BACKLOG: i32 = 1;
@@ -37,6 +40,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for S {}
 struct Line {
     id: String,
     nodelay: bool,
+    tls: Option<tls::Settings>,
+    is_websocket: bool,
     telnet: Option<telnet::Kind>,
     /// What is spoken, as `query-chardev` names it.
     protocol: &'static str,
@@ -53,16 +58,20 @@ pub async fn open(
     id: &str,
     setting: &Setting<'_>,
 ) -> Result<Box<dyn Backend>, Error> {
+    let tls = tls::Settings::of(&options, setting.credentials)?;
     let reconnect = check(&options)?;
     let is_server = options.server.unwrap_or(true);
-    let kind = telnet::Kind::of(&options);
+    let is_websocket = options.websocket.unwrap_or(false);
     let line = Line {
         id: id.to_owned(),
         nodelay: options.nodelay.unwrap_or(false),
-        telnet: kind,
-        protocol: match options.telnet.unwrap_or(false) {
-            true => "telnet",
-            false => "tcp",
+        tls,
+        is_websocket,
+        telnet: telnet::Kind::of(&options),
+        protocol: match (options.telnet.unwrap_or(false), is_websocket) {
+            (true, _) => "telnet",
+            (false, true) => "websocket",
+            (false, false) => "tcp",
         },
         connected: Rc::default(),
     };
@@ -104,10 +113,19 @@ fn check(options: &ChardevSocket) -> Result<Option<Duration>, Error> {
         (None, milliseconds) => milliseconds.unwrap_or(0),
     };
     let reconnect = u64::try_from(asked).ok().filter(|millis| *millis > 0);
+    check_address(options)?;
+    if options.tls_authz.is_some() && options.tls_creds.is_none() {
+        return Err(Error::generic(
+            "'tls_authz' option requires 'tls_creds' option",
+        ));
+    }
     if is_server && reconnect.is_some() {
         return Err(Error::generic(
             "'reconnect' option is incompatible with socket in server listen mode",
         ));
+    }
+    if !is_server && options.websocket.unwrap_or(false) {
+        return Err(Error::generic("Websocket client is not implemented"));
     }
     if !is_server && options.wait.is_some() {
         return Err(Error::generic(
@@ -117,22 +135,62 @@ fn check(options: &ChardevSocket) -> Result<Option<Duration>, Error> {
     Ok(reconnect.map(Duration::from_millis))
 }
 
+/// Refuses options that do not go with the kind of address.
+fn check_address(options: &ChardevSocket) -> Result<(), Error> {
+    let is_server = options.server.unwrap_or(true);
+    let has_tls = options.tls_creds.is_some();
+    let message = match &options.addr.address {
+        SocketAddressLegacyKind::Fd(_) if options.reconnect.is_some_and(|it| it > 0) => {
+            "'reconnect' option is incompatible with 'fd' address type"
+        }
+        SocketAddressLegacyKind::Fd(_) if has_tls && !is_server => {
+            "'tls_creds' option is incompatible with 'fd' address type as client"
+        }
+        SocketAddressLegacyKind::Unix(_) if has_tls => {
+            "'tls_creds' option is incompatible with 'unix' address type"
+        }
+        SocketAddressLegacyKind::Vsock(_) if has_tls => {
+            "'tls_creds' option is incompatible with 'vsock' address type"
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::generic(message))
+}
+
 impl Line {
     /// Makes a connection of a connected socket, `role` being what comes after the address when it
-    /// is described.
+    /// is described. Takes as long as the peer takes for what is to be said beforehand.
+    ///
+    /// # Errors
+    /// The peer is gone, or not who it should be.
     async fn connect(
         &self,
         socket: Socket,
         address: &SocketAddressKind,
         role: &str,
-    ) -> io::Result<Connection> {
+    ) -> Result<Connection, Error> {
+        let failed = |error: io::Error| Error::generic(reason(&error)).with_source(error);
         if stord_sockets::has_nodelay(&socket) {
-            socket.set_tcp_nodelay(self.nodelay)?;
+            let set = socket.set_tcp_nodelay(self.nodelay);
+            set.map_err(failed)?;
         }
         let description = self.describe(&socket, address, role);
-        let mut stream: Box<dyn Stream> = Box::new(Descriptor::new(socket.into())?);
+        let descriptor = Descriptor::new(socket.into()).map_err(failed)?;
+        let mut stream: Box<dyn Stream> = Box::new(descriptor);
+        if let Some(tls) = &self.tls {
+            let hostname = match address {
+                SocketAddressKind::Inet(inet) => Some(inet.host.as_str()),
+                _ => None,
+            };
+            stream = Box::new(tls.start(stream, hostname).await?);
+        }
+        if self.is_websocket {
+            let accepted = Websocket::accept(stream).await;
+            stream = Box::new(accepted.map_err(failed)?);
+        }
         if let Some(kind) = self.telnet {
-            stream = Box::new(Telnet::greet(stream, kind).await?);
+            let greeted = Telnet::greet(stream, kind).await;
+            stream = Box::new(greeted.map_err(failed)?);
         }
         self.connected.replace(Some(description));
         let (reader, writer) = split(stream);
@@ -222,20 +280,21 @@ impl Server {
         }
         let address = &self.listeners.address().address;
         loop {
-            let accepted = match self.listeners.accept().await {
-                Ok(socket) => self.line.connect(socket, address, ",server=on").await,
-                Err(error) => Err(error),
+            let failed = |reason: &str| {
+                tracing::warn!(
+                    "could not accept a connection on {}: {reason}",
+                    self.filename()
+                );
             };
-            match accepted {
-                Ok(connection) => return connection,
+            match self.listeners.accept().await {
+                Ok(socket) => match self.line.connect(socket, address, ",server=on").await {
+                    Ok(connection) => return connection,
+                    Err(error) => failed(&error.message),
+                },
                 Err(error) => {
                     // A client that gave up, or no descriptors left: neither is the end of the
                     // device, but the latter would make this loop spin.
-                    tracing::warn!(
-                        "could not accept a connection on {}: {}",
-                        self.filename(),
-                        reason(&error)
-                    );
+                    failed(&reason(&error));
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -267,8 +326,14 @@ struct Client {
     address: SocketAddress,
     line: Line,
     reconnect: Option<Duration>,
-    /// The connection made at once.
-    first: Cell<Option<Connection>>,
+    first: Cell<Option<First>>,
+}
+
+/// What was connected at once.
+enum First {
+    Connection(Connection),
+    /// TLS is for its user to wait for: the server may take its time.
+    Socket(Socket),
 }
 
 impl Client {
@@ -285,28 +350,32 @@ impl Client {
             first: Cell::new(None),
         };
         if reconnect.is_none() {
-            client.first.set(Some(client.attempt().await?));
+            let address = &client.address.address;
+            let socket = stord_sockets::connect(address).await?;
+            let first = match client.line.tls {
+                Some(_) => First::Socket(socket),
+                None => First::Connection(client.line.connect(socket, address, "").await?),
+            };
+            client.first.set(Some(first));
         }
         Ok(client)
     }
 
-    async fn attempt(&self) -> Result<Connection, Error> {
-        let address = &self.address.address;
-        let socket = stord_sockets::connect(address).await?;
-        let connected = self.line.connect(socket, address, "").await;
-        connected.map_err(|error| Error::generic(reason(&error)).with_source(error))
-    }
-
     async fn next(&self) -> Connection {
-        if let Some(first) = self.first.take() {
-            return first;
-        }
-        let Some(interval) = self.reconnect else {
-            return std::future::pending().await;
-        };
+        let address = &self.address.address;
         let mut is_reported = false;
         loop {
-            match self.attempt().await {
+            let connected = match (self.first.take(), self.reconnect) {
+                (Some(First::Connection(first)), _) => return first,
+                (Some(First::Socket(first)), _) => Ok(first),
+                (None, Some(_)) => stord_sockets::connect(address).await,
+                (None, None) => return std::future::pending().await,
+            };
+            let connected = match connected {
+                Ok(socket) => self.line.connect(socket, address, "").await,
+                Err(error) => Err(error),
+            };
+            match connected {
                 Ok(connection) => return connection,
                 Err(error) => {
                     if !is_reported {
@@ -317,7 +386,7 @@ impl Client {
                     is_reported = true;
                 }
             }
-            tokio::time::sleep(interval).await;
+            tokio::time::sleep(self.reconnect.unwrap_or_default()).await;
         }
     }
 }
