@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use stord_bridges::mount_table::{is_dead, mount_at};
 use stord_qmp::Error;
 
 use crate::lifecycle::SHUTDOWN_LIMIT;
-use crate::mount::mountinfo::mount_at;
-use crate::mount::mountpoint::{absolute, clean, is_dead, remove_created};
+use crate::mount::mountpoint::{absolute, clean, remove_created};
 use crate::mount::registry::{Found, Registry};
 use crate::mount::unmount::{InUse, unmount};
 use crate::report::{self, Origin, reason};

@@ -217,3 +217,26 @@ fn killed_daemon_leaves_a_mount_that_can_be_replaced() {
     assert_eq!(std::fs::metadata(&mount).unwrap().len(), 4 << 20);
     daemon.stop();
 }
+
+#[test]
+fn export_replaces_the_mount_of_a_dead_daemon() {
+    needs!(root, "qemu-img");
+    if is_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let image = scratch.path("disk.qcow2");
+    qemu::create(&image, 4 << 20, "");
+    let mount = scratch.empty_file("mount");
+    let args = fuse_args(&image, "qcow2", "", &mount, ",writable=on");
+    let mut daemon = Daemon::start(&scratch, &args);
+    // The kernel remembers the attributes, and says so even when the daemon is gone.
+    assert_eq!(std::fs::metadata(&mount).unwrap().len(), 4 << 20);
+    daemon.kill_hard();
+    let daemon = Daemon::start(&scratch, &args);
+    assert_eq!(mounts::below(scratch.dir()).len(), 1, "nothing is stacked");
+    let file = OpenOptions::new().write(true).open(&mount).unwrap();
+    file.write_all_at(b"alive", 0).unwrap();
+    drop(file);
+    daemon.stop();
+}

@@ -8,6 +8,7 @@ mod content;
 mod crash;
 mod file_systems;
 mod fuse_file;
+mod fuse_semantics;
 mod image_commands;
 mod locking;
 mod memory;

@@ -6,6 +6,7 @@
 mod export;
 mod fuse;
 mod nbd;
+pub mod mount_table;
 mod registry;
 
 pub use registry::{DirectoryExport, DirectoryFile, ExportEvent, ExportRegistry};

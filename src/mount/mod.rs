@@ -6,7 +6,6 @@
 //! the registry's entry, for whose disappearance `stord umount` waits.
 
 pub mod guess;
-pub mod mountinfo;
 pub mod mountpoint;
 mod partition;
 pub mod registry;
@@ -21,6 +20,7 @@ use clap::Args;
 use stord_aio::{Errno, IoBuffer, IoVec};
 use stord_block::Permissions;
 use stord_block::graph::Claim;
+use stord_bridges::mount_table::{is_dead, mount_at};
 use stord_bridges::{DirectoryExport, DirectoryFile};
 use stord_qmp::Error;
 use stord_qmp::schema::block::{
@@ -35,7 +35,6 @@ use crate::daemonize::Background;
 use crate::notify;
 use crate::report::{self, Origin, reason};
 use guess::Format;
-use mountinfo::mount_at;
 use mountpoint::{Kind, Mountpoint};
 use partition::{Disk, Partition, Table};
 use registry::{Entry, Registered, Registry};
@@ -179,7 +178,7 @@ impl Image {
             Error::generic(format!("cannot open '{shown}': {reason}")).with_source(error)
         };
         let at = mountpoint::absolute(&args.image);
-        if mountpoint::is_dead(&at) && mount_at(&at).is_some_and(|mount| mount.is_ours()) {
+        if is_dead(&at) && mount_at(&at).is_some_and(|mount| mount.is_ours()) {
             // An image that was mounted over itself.
             mountpoint::clean(&at, registry)?;
         }

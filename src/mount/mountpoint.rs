@@ -6,10 +6,9 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
+use stord_bridges::mount_table::{is_dead, mount_at};
 use stord_qmp::Error;
 
-use super::mountinfo::mount_at;
 use super::registry::Registry;
 use super::unmount::{InUse, unmount};
 use crate::report::{Origin, reason};
@@ -167,12 +166,6 @@ pub fn absolute(path: &Path) -> PathBuf {
         (Some(Ok(parent)), Some(name)) => parent.join(name),
         _ => path,
     }
-}
-
-/// Whether the process that served the file system at the path is gone.
-pub fn is_dead(path: &Path) -> bool {
-    let gone = Errno::ENOTCONN as i32;
-    fs::metadata(path).is_err_and(|error| error.raw_os_error() == Some(gone))
 }
 
 /// Takes away the mount that a dead daemon left. True if it had made the mountpoint for it.

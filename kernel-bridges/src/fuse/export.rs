@@ -5,7 +5,7 @@
 //! goes. An unmount by somebody else ends the queues, and the rest follows.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use stord_qmp::schema::block::OnOffAuto;
 use stord_qmp::schema::export::FuseExportAllowOther;
 
 use crate::export::{Ended, Export, LocalFuture};
+use crate::mount_table;
 
 use super::abi::{InitFlags, ROOT_ID};
 use super::buffers::MAX_PAYLOAD;
@@ -26,7 +27,7 @@ use super::directory::Directory;
 use super::disk_file::{DiskFile, Presentation};
 use super::file_system::FileSystem;
 use super::init::Proposal;
-use super::mount::{Mount, MountError, Mounted, Options};
+use super::mount::{Mount, MountError, Mounted, Options, clear_dead};
 use super::queues::{clone_devices, serve_classic, serve_io_uring};
 use super::resize::{ResizeRequest, Resizer};
 use super::session::Session;
@@ -119,6 +120,7 @@ enum Failure {
 pub(crate) async fn check_mountpoint(mountpoint: &str, directory: bool) -> Result<PathBuf, Error> {
     let path = mountpoint.to_owned();
     let looked = pool::run(move || {
+        clear_dead_mount(Path::new(&path));
         let found = std::fs::metadata(&path)?;
         let is_fit = if directory {
             found.is_dir()
@@ -139,6 +141,26 @@ pub(crate) async fn check_mountpoint(mountpoint: &str, directory: bool) -> Resul
             Err(Error::generic(format!("'{mountpoint}' is not a {wanted}")))
         }
         Err(error) => Err(cannot_stat(mountpoint, &error)),
+    }
+}
+
+/// Takes away what a dead daemon of ours left at the path.
+fn clear_dead_mount(path: &Path) {
+    // The name of a dead mount cannot be resolved, only the directory that it is in.
+    let directory = path.parent().map(|directory| match directory.as_os_str() {
+        name if name.is_empty() => Path::new("."),
+        _ => directory,
+    });
+    let (Some(Ok(directory)), Some(name)) =
+        (directory.map(std::fs::canonicalize), path.file_name())
+    else {
+        return;
+    };
+    let at = directory.join(name);
+    if mount_table::mount_at(&at).is_some_and(|mount| mount.is_ours()) && mount_table::is_dead(&at)
+    {
+        tracing::warn!(path = %at.display(), "clearing the mount that a dead daemon left");
+        clear_dead(&at);
     }
 }
 

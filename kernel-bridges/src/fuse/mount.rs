@@ -143,7 +143,7 @@ impl Mount {
             return;
         }
         if self.by_helper {
-            return self.unmount_by_helper();
+            return unmount_by_helper(&self.path);
         }
         let in_use = if abort {
             MntFlags::MNT_DETACH | MntFlags::MNT_FORCE
@@ -175,19 +175,26 @@ impl Mount {
         let path = c_path(&self.path);
         path.is_ok_and(|path| kernel::device_number(None, &path) == Ok(self.device_number))
     }
+}
 
-    fn unmount_by_helper(&self) {
-        let unmounted = HELPERS.iter().find_map(|helper| {
-            Command::new(helper)
-                .args(["-u", "-q", "-z", "--"])
-                .arg(&self.path)
-                .stdin(Stdio::null())
-                .status()
-                .ok()
-        });
-        if !unmounted.is_some_and(|status| status.success()) {
-            tracing::warn!(path = %self.path.display(), "fusermount3 could not unmount");
-        }
+/// Takes a mount whose daemon is dead away from its path. Blocks.
+pub(super) fn clear_dead(path: &Path) {
+    if umount2(path, MntFlags::MNT_DETACH).is_err() {
+        unmount_by_helper(path);
+    }
+}
+
+fn unmount_by_helper(path: &Path) {
+    let unmounted = HELPERS.iter().find_map(|helper| {
+        Command::new(helper)
+            .args(["-u", "-q", "-z", "--"])
+            .arg(path)
+            .stdin(Stdio::null())
+            .status()
+            .ok()
+    });
+    if !unmounted.is_some_and(|status| status.success()) {
+        tracing::warn!(path = %path.display(), "fusermount3 could not unmount");
     }
 }
 

@@ -47,10 +47,11 @@ impl DiskFile {
                 self.grow(end).await?;
                 self.zero(size, end, ZeroFlags::empty()).await?;
             }
-            PUNCH => self.punch(offset, self.inside(offset, end)?).await?,
+            // Past the end there is nothing, and so nothing to do.
+            PUNCH | ZERO_INSIDE if offset >= size => {}
+            PUNCH => self.punch(offset, end.min(size)).await?,
             ZERO_INSIDE => {
-                self.zero(offset, self.inside(offset, end)?, ZeroFlags::empty())
-                    .await?;
+                self.zero(offset, end.min(size), ZeroFlags::empty()).await?;
             }
             ZERO_RANGE => {
                 self.grow(end).await?;
@@ -59,18 +60,6 @@ impl DiskFile {
             _ => return Err(Errno::EOPNOTSUPP),
         }
         Ok(Reply::Done)
-    }
-
-    /// The end of a range, cut off at the image's end.
-    ///
-    /// # Errors
-    /// `EIO` when the range begins there.
-    fn inside(&self, offset: u64, end: u64) -> Result<u64, Errno> {
-        let size = self.backend.size();
-        if offset >= size {
-            return Err(Errno::EIO);
-        }
-        Ok(end.min(size))
     }
 
     /// Frees what can be freed of the range, and makes all of it read as zeroes.

@@ -4,6 +4,9 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::sys::statfs::statfs;
+
 /// A mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
@@ -27,6 +30,12 @@ pub fn mount_at(path: &Path) -> Option<Mount> {
     let table = std::fs::read("/proc/self/mountinfo").ok()?;
     let mounts = table.split(|byte| *byte == b'\n').filter_map(parse);
     mounts.rev().find(|mount| mount.path == path)
+}
+
+/// Whether the process that served the file system at the path is gone. Waits for one that is not.
+pub fn is_dead(path: &Path) -> bool {
+    // Unlike a stat, this is not answered from what the kernel remembers.
+    statfs(path).is_err_and(|errno| errno == Errno::ENOTCONN)
 }
 
 fn parse(line: &[u8]) -> Option<Mount> {
