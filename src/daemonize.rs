@@ -10,7 +10,7 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 
@@ -79,8 +79,34 @@ fn start_background(argv0: &OsStr, args: &[OsString]) -> std::io::Result<ExitCod
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }
 
+/// The background half of a process that somebody else started, to take something over, and who
+/// waits at its standard output.
+///
+/// # Errors
+/// No descriptor is to be had.
+pub fn taking_over(argv0: &OsStr) -> Result<Background, Error> {
+    let starter = std::io::stdout().as_fd().try_clone_to_owned();
+    starter
+        .and_then(|starter| settle_in_background(argv0, starter))
+        .map_err(failed)
+}
+
+/// Leaves the session of whoever started this process, and its directory.
+///
+/// # Errors
+/// The process leads a group.
+pub fn leave_session() -> std::io::Result<()> {
+    setsid()?;
+    chdir("/")?;
+    Ok(())
+}
+
 fn background(argv0: &OsStr) -> std::io::Result<Background> {
     let starter = std::io::stdin().as_fd().try_clone_to_owned()?;
+    settle_in_background(argv0, starter)
+}
+
+fn settle_in_background(argv0: &OsStr, starter: OwnedFd) -> std::io::Result<Background> {
     setsid()?;
     umask(Mode::S_IWGRP | Mode::S_IRWXO);
     set_name(argv0);

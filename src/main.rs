@@ -19,6 +19,7 @@ mod subcommand;
 mod trace;
 mod umount;
 mod unbuilt;
+mod upgrade;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -12,9 +12,11 @@ use crate::image::info::{self, InfoArgs};
 use crate::image::map::{self, MapArgs};
 use crate::image::resize::{self, ResizeArgs};
 use crate::image::snapshot::{self, SnapshotArgs};
+use crate::mount::keeper::{self, KeepArgs};
 use crate::mount::{self, MountArgs};
 use crate::report::Origin;
 use crate::umount::{self, UmountArgs};
+use crate::upgrade::{self, UpgradeArgs};
 
 /// Serve disk images to this machine.
 ///
@@ -31,6 +33,9 @@ struct CommandLine {
 enum Command {
     Mount(MountArgs),
     Umount(UmountArgs),
+    Upgrade(UpgradeArgs),
+    #[command(hide = true)]
+    Keep(KeepArgs),
     Create(CreateArgs),
     Info(InfoArgs),
     Check(CheckArgs),
@@ -62,12 +67,21 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
     };
     match command {
         Command::Umount(args) => umount::run(&args),
+        Command::Upgrade(args) => upgrade::run(argv0, &args),
+        Command::Keep(args) => keeper::run(&args),
         Command::Create(args) => create::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
+        Command::Mount(mount_args) if mount_args.take_over => match daemonize::taking_over(argv0) {
+            Ok(background) => mount::run(mount_args, Some(background)),
+            Err(error) => {
+                Origin::none().error(&error);
+                ExitCode::FAILURE
+            }
+        },
         Command::Mount(mount_args) if mount_args.foreground => mount::run(mount_args, None),
         Command::Mount(mount_args) => match daemonize::detach(argv0, args) {
             Ok(Half::Starter(status)) => status,

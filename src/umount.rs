@@ -53,8 +53,7 @@ pub fn run(args: &UmountArgs) -> ExitCode {
 fn end_mount(args: &UmountArgs, registry: &Registry) -> Result<String, Error> {
     let target = absolute(&args.target);
     let shown = args.target.display();
-    let found = registry.find(&target);
-    let (alive, dead): (Vec<Found>, Vec<Found>) = found.into_iter().partition(Found::is_alive);
+    let (alive, dead) = find(&target, registry);
     match alive.as_slice() {
         [] => {}
         [one] => return end_daemon(args, one),
@@ -87,6 +86,24 @@ fn end_mount(args: &UmountArgs, registry: &Registry) -> Result<String, Error> {
         ));
     }
     end_unregistered(args, &target)
+}
+
+/// The entries of a mount, of daemons that live and of dead ones.
+fn find(target: &Path, registry: &Registry) -> (Vec<Found>, Vec<Found>) {
+    let deadline = Instant::now() + MARGIN;
+    loop {
+        let found = registry.find(target).into_iter();
+        let (alive, dead): (Vec<_>, Vec<_>) = found.partition(Found::is_alive);
+        // A mount that answers though its daemon is dead has just been taken over by another.
+        let is_taken_over = |found: &Found| {
+            let mountpoint = &found.entry.mountpoint;
+            mount_at(mountpoint).is_some_and(|mount| mount.is_ours()) && !is_dead(mountpoint)
+        };
+        if !alive.is_empty() || !dead.iter().any(is_taken_over) || Instant::now() > deadline {
+            return (alive, dead);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
 }
 
 /// Ends a mount that a daemon of this user serves.

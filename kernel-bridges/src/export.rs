@@ -6,6 +6,8 @@ use std::pin::Pin;
 use stord_aio::Context;
 use stord_block::Backend;
 
+use crate::fuse::Connection;
+
 /// A future of the control thread.
 pub(crate) type LocalFuture<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
@@ -14,6 +16,16 @@ pub(crate) type Ended = LocalFuture<'static>;
 
 /// A running export. Everything here happens on the control thread.
 pub(crate) trait Export {
+    /// What another process needs to go on where this one is, unless this export cannot be left to another.
+    fn connection(&self) -> Option<Connection> {
+        None
+    }
+
+    /// Stops serving, as soon as what is under way is done, and leaves the users to another process; it ends soon.
+    ///
+    /// Asked only of exports that gave a connection.
+    fn leave(&self) {}
+
     /// Whether somebody uses it whom only a removal in the mode `hard` may cut off.
     fn is_in_use(&self) -> bool;
 

@@ -5,8 +5,9 @@
 
 mod export;
 mod fuse;
-mod nbd;
 pub mod mount_table;
+mod nbd;
 mod registry;
 
-pub use registry::{DirectoryExport, DirectoryFile, ExportEvent, ExportRegistry};
+pub use fuse::Connection;
+pub use registry::{DirectoryFile, ExportEvent, ExportRegistry, MountExport, MountLayout};

@@ -4,7 +4,7 @@
 //! left: its users are gone, its backend is detached, its `iothread`s are released. Only then is its end announced, so that whoever
 //! hears of it can use its id, its node and its mountpoint again.
 
-mod directory;
+mod mount;
 mod nbd;
 
 use std::cell::{Cell, RefCell};
@@ -28,7 +28,7 @@ use crate::fuse::{
 };
 use crate::nbd::NbdServer;
 
-pub use directory::{DirectoryExport, DirectoryFile};
+pub use mount::{DirectoryFile, MountExport, MountLayout};
 
 /// So many contexts serve an export that names none.
 const DEFAULT_QUEUES: usize = 2;
@@ -62,6 +62,8 @@ struct Entry {
     /// The mountpoint of a FUSE export as the user wrote it; exports on the same one exclude each other.
     mountpoint: Option<String>,
     shutting_down: Cell<bool>,
+    /// It ends here and goes on in another process.
+    left: Cell<bool>,
     /// `None` while it is being set up.
     export: RefCell<Option<Rc<dyn Export>>>,
     stage: watch::Sender<Stage>,
@@ -139,6 +141,7 @@ impl ExportRegistry {
             node_name: node.name().to_owned(),
             mountpoint,
             shutting_down: Cell::new(false),
+            left: Cell::new(false),
             export: RefCell::new(None),
             stage,
         });
@@ -209,6 +212,7 @@ impl ExportRegistry {
                 writable: parts.writable,
                 growable,
                 writethrough: parts.writethrough,
+                outlives: false,
                 resizes: (parts.writable && !growable)
                     .then(|| self.serve_resizes(entry, &parts.contexts)),
             }),
@@ -328,8 +332,10 @@ impl ExportRegistry {
             }
             registry.release(&placement);
             registry.forget(&entry);
-            let id = entry.id.clone();
-            (registry.events)(ExportEvent::Deleted { id });
+            if !entry.left.get() {
+                let id = entry.id.clone();
+                (registry.events)(ExportEvent::Deleted { id });
+            }
         });
     }
 

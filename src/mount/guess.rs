@@ -27,6 +27,14 @@ pub enum Format {
 }
 
 impl Format {
+    /// The format of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::value_variants()
+            .iter()
+            .copied()
+            .find(|format| format.name() == name)
+    }
+
     /// The name by which users know it.
     pub fn name(self) -> &'static str {
         match self {

@@ -82,6 +82,19 @@ impl Mountpoint {
         }
     }
 
+    /// The mountpoint of a mount that another process made.
+    pub fn of_mount(path: &Path, created: bool) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            created,
+        }
+    }
+
+    /// Leaves the mountpoint to another process.
+    pub fn leave(mut self) {
+        self.created = false;
+    }
+
     /// The absolute path.
     pub fn path(&self) -> &Path {
         &self.path

@@ -64,8 +64,9 @@ impl Found {
         )
     }
 
-    /// Removes the entry of a process that is gone.
+    /// Removes the entry of a process that is gone, and its socket.
     pub fn remove(&self) {
+        let _ = fs::remove_file(self.path.with_extension("sock"));
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -86,6 +87,11 @@ impl Registry {
         } else {
             std::env::temp_dir().join(format!("stord-{user}"))
         })
+    }
+
+    /// Where the process of an entry can be talked to.
+    pub fn socket_of(&self, pid: u32) -> PathBuf {
+        self.0.join(format!("{pid}.sock"))
     }
 
     /// Makes an entry of this process.

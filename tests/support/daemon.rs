@@ -156,6 +156,16 @@ impl Daemon {
         })
     }
 
+    /// The state of its first thread, as ps(1) shows it: `T` is stopped.
+    pub fn state(&self) -> char {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap();
+        let state = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.chars().next());
+        state.expect("the state follows the name")
+    }
+
     /// A value in kB from the process's status, `VmRSS` for instance.
     pub fn memory_kib(&self, field: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();

@@ -274,6 +274,18 @@ impl Backend {
         request.finish(Kind::Flush, 0, result)
     }
 
+    /// Returns when every change that completed before this call would outlive the process, as if it were killed now.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub async fn settle(&self) -> Result<(), Errno> {
+        let request = self.start().await?;
+        if request.node.is_read_only() {
+            return Ok(());
+        }
+        io::settle(&request.node).await
+    }
+
     /// The status of the beginning of the range, over the whole backing chain; neighbours of the same status may follow.
     ///
     /// # Errors

@@ -37,3 +37,21 @@ pub(crate) fn flush<'a>(node: &'a Arc<Node>) -> IoFuture<'a> {
         Ok(())
     })
 }
+
+/// Hands everything that completed changes have left in memory of ours to the files below, so that it outlives this process, though
+/// not a power failure.
+pub(crate) fn settle<'a>(node: &'a Arc<Node>) -> IoFuture<'a> {
+    Box::pin(async move {
+        if let Driver::Format(format) = node.driver() {
+            format.flush().await?;
+            for edge in node.children().edges() {
+                if let Some(child) = edge.node()
+                    && !child.is_read_only()
+                {
+                    settle(&child).await?;
+                }
+            }
+        }
+        Ok(())
+    })
+}

@@ -19,7 +19,7 @@ mod write;
 mod zero;
 
 pub(crate) use discard::discard;
-pub(crate) use flush::flush;
+pub(crate) use flush::{flush, settle};
 pub(crate) use read::{read, try_read};
 pub use status::{Detail, HostPlace, Location};
 pub(crate) use status::{block_status, locate};

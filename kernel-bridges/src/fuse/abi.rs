@@ -59,6 +59,8 @@ pub(super) mod opcode {
 
 /// A message to the kernel that no request asked for; goes into [`OutHeader::error`].
 pub(super) const NOTIFY_INVAL_INODE: i32 = 2;
+/// The like: what has been fetched and not answered is to be handed out again (Linux 6.9).
+pub(super) const NOTIFY_RESEND: i32 = 7;
 
 /// Commands of FUSE over io_uring (Linux 6.14).
 pub(super) mod ring_command {

@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{getgid, getuid};
+use serde_json::{Value, json};
 use stord_aio::Errno;
 
 use super::abi::{Attr, SetattrIn, SetattrValid};
@@ -148,6 +149,36 @@ impl Attributes {
         }
     }
 
+    /// All of them, for [`restore`](Self::restore).
+    pub(super) fn save(&self) -> Value {
+        let state = self.lock();
+        json!({
+            "mode": state.mode & PERMISSION_BITS,
+            "uid": state.uid,
+            "gid": state.gid,
+            "accessed": state.accessed,
+            "changed": state.changed,
+            "modified": self.modified.load(Ordering::Relaxed),
+        })
+    }
+
+    /// Takes on what [`save`](Self::save) gave; what is missing stays as it is.
+    pub(super) fn restore(&self, saved: &Value) {
+        let number = |key: &str| saved.get(key).and_then(Value::as_u64);
+        let small = |key: &str| number(key).and_then(|value| u32::try_from(value).ok());
+        let mut state = self.lock();
+        if let Some(mode) = small("mode") {
+            state.mode = self.kind | (mode & PERMISSION_BITS);
+        }
+        state.uid = small("uid").unwrap_or(state.uid);
+        state.gid = small("gid").unwrap_or(state.gid);
+        state.accessed = number("accessed").unwrap_or(state.accessed);
+        state.changed = number("changed").unwrap_or(state.changed);
+        if let Some(modified) = number("modified") {
+            self.modified.store(modified, Ordering::Relaxed);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -265,6 +296,18 @@ mod tests {
         assert_eq!((wire.mtime, wire.mtimensec), (5, 7));
         attributes.touch();
         assert!(attributes.to_wire(1, 0, 0, 4096).mtime > 5);
+    }
+
+    #[test]
+    fn attributes_survive_a_change_of_process() {
+        let old = Attributes::of_file(true, true);
+        old.change(&chmod(0o640));
+        let new = Attributes::of_file(true, true);
+        new.restore(&old.save());
+        assert_eq!(new.to_wire(1, 0, 0, 4096).mode, 0o100_640);
+        assert_eq!(new.save(), old.save());
+        new.restore(&json!({"mode": "odd", "uid": -1}));
+        assert_eq!(new.save(), old.save());
     }
 
     #[test]

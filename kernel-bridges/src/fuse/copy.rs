@@ -32,6 +32,7 @@ pub(super) async fn copy(
     if length == 0 {
         return Ok(0);
     }
+    let change = target.begin_change();
     let length = target.make_room(to, length).await?;
     target.note_write();
     let mut done = 0;
@@ -48,6 +49,7 @@ pub(super) async fn copy(
         }
         done += step;
     }
+    target.settle(change).await?;
     Ok(length)
 }
 

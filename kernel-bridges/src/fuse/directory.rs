@@ -33,6 +33,10 @@ impl Directory {
         }
     }
 
+    pub(super) fn attributes(&self) -> &Attributes {
+        &self.attributes
+    }
+
     /// Answers a request for the directory itself if that needs no waiting.
     pub(super) fn try_handle(
         &self,

@@ -3,7 +3,7 @@
 //! Rules: a read ends at the image's end; a write past the end makes a growable export longer first, and is cut off there, or fails
 //! if it begins there, in any other. O_TRUNC does not truncate, so that a program that "creates" the file does not empty the disk.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use stord_aio::sync::Mutex;
 use stord_aio::{Errno, IoBuffer, IoVec};
@@ -30,6 +30,8 @@ pub(super) struct Presentation {
     pub(super) growable: bool,
     /// A write completes when it is on stable storage.
     pub(super) writethrough: bool,
+    /// A change is acknowledged when it would outlive this process: when nothing about it is in memory of ours only.
+    pub(super) outlives: bool,
     pub(super) allow_other: bool,
 }
 
@@ -38,7 +40,7 @@ pub(super) struct DiskFile {
     /// By which the kernel knows it.
     pub(super) node: u64,
     pub(super) backend: Backend,
-    attributes: Attributes,
+    pub(super) attributes: Attributes,
     presentation: Presentation,
     open_flags: OpenFlags,
     /// One change of the length at a time.
@@ -47,6 +49,17 @@ pub(super) struct DiskFile {
     dirty: AtomicBool,
     /// The kernel has attributes that are out of date.
     stale: AtomicBool,
+    /// Changes under way that may leave something in memory of ours only.
+    unsettled: AtomicUsize,
+}
+
+/// A change that is under way.
+pub(super) struct Change<'a>(&'a AtomicUsize);
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl DiskFile {
@@ -66,6 +79,7 @@ impl DiskFile {
             resizer: Mutex::new(resizer),
             dirty: AtomicBool::new(false),
             stale: AtomicBool::new(false),
+            unsettled: AtomicUsize::new(0),
         }
     }
 
@@ -178,8 +192,17 @@ impl DiskFile {
             Ok(source) => source,
             Err(errno) => return Some(Reply::Failed(errno)),
         };
+        // Bytes in a place that another change has allocated and not settled would be lost with this process.
+        if self.is_unsettled() {
+            return None;
+        }
         self.note_write();
-        match self.backend.try_write(offset, &source)? {
+        let result = self.backend.try_write(offset, &source)?;
+        // Such a change may have begun meanwhile: then this write is done again, and waits for it.
+        if self.is_unsettled() {
+            return None;
+        }
+        match result {
             Ok(()) => Some(written(size)),
             Err(errno) => Some(Reply::Failed(errno)),
         }
@@ -189,13 +212,37 @@ impl DiskFile {
         if !self.presentation.writable {
             return Err(Errno::EACCES);
         }
+        let change = self.begin_change();
         let room = self.make_room(offset, size.into()).await?;
         let size = u32::try_from(room).map_err(|_| Errno::EINVAL)?;
         let source = front(&payload, size)?;
         self.note_write();
         let durable = self.presentation.writethrough;
         self.backend.write(offset, source, durable).await?;
+        self.settle(change).await?;
         Ok(written(size))
+    }
+
+    fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Ordering::Acquire) > 0
+    }
+
+    /// To be called before anything but the content of allocated space changes, and followed by [`settle`](Self::settle). `None`
+    /// where it does not matter.
+    pub(super) fn begin_change(&self) -> Option<Change<'_>> {
+        self.presentation.outlives.then(|| {
+            self.unsettled.fetch_add(1, Ordering::AcqRel);
+            Change(&self.unsettled)
+        })
+    }
+
+    /// Returns when the change would outlive this process.
+    pub(super) async fn settle(&self, change: Option<Change<'_>>) -> Result<(), Errno> {
+        if change.is_some() {
+            self.backend.settle().await?;
+        }
+        drop(change);
+        Ok(())
     }
 
     /// Sees to it that bytes can be written at `offset`; gives how many of the `length` wanted.
@@ -224,6 +271,11 @@ impl DiskFile {
             resizer.resize(&self.backend, end, false).await?;
         }
         Ok(())
+    }
+
+    /// Notes that there may be something to flush.
+    pub(super) fn note_unflushed(&self) {
+        self.dirty.store(true, Ordering::Release);
     }
 
     /// To be called before the content changes.
@@ -303,7 +355,9 @@ impl DiskFile {
             let resizer = self.resizer.lock().await;
             if size != self.backend.size() {
                 self.note_write();
+                let resizing = self.begin_change();
                 resizer.resize(&self.backend, size, true).await?;
+                self.settle(resizing).await?;
             }
         }
         self.attributes.change(change);

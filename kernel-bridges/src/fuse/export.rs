@@ -4,7 +4,9 @@
 //! queues are told to stop, which ends the connection for whoever has the file open still; when all of them have ended, the backend
 //! goes. An unmount by somebody else ends the queues, and the rest follows.
 
+use std::cell::{Cell, RefCell};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +25,7 @@ use crate::mount_table;
 
 use super::abi::{InitFlags, ROOT_ID};
 use super::buffers::MAX_PAYLOAD;
+use super::connection::Connection;
 use super::directory::Directory;
 use super::disk_file::{DiskFile, Presentation};
 use super::file_system::FileSystem;
@@ -62,6 +65,8 @@ pub(crate) struct FileOptions {
     pub(crate) writable: bool,
     pub(crate) growable: bool,
     pub(crate) writethrough: bool,
+    /// What is acknowledged outlives this process.
+    pub(crate) outlives: bool,
     /// Who changes the image's length where the backend may not.
     pub(crate) resizes: Option<mpsc::UnboundedSender<ResizeRequest>>,
 }
@@ -90,6 +95,7 @@ impl FileOptions {
             writable: self.writable,
             growable: self.growable,
             writethrough: self.writethrough,
+            outlives: self.outlives,
             allow_other,
         };
         let resizes = self.resizes.clone();
@@ -104,6 +110,12 @@ pub(crate) struct FuseExport {
     mount: Mount,
     /// Requests come through io_uring.
     io_uring: bool,
+    allow_other: bool,
+    /// The descriptors of the queues once more, for whoever is to serve them next. None with io_uring, where what is under way
+    /// cannot be left to another.
+    kept: RefCell<Vec<OwnedFd>>,
+    /// Another process serves the mount from now on.
+    left: Cell<bool>,
 }
 
 /// Why an export could not be started.
@@ -231,20 +243,22 @@ impl FuseExport {
         let io_uring = flags.contains(InitFlags::OVER_IO_URING);
         let file_system = options.contents.file_system(allow_other);
         own_mounts::add(mount.device_number());
-        let (served, session, ended) = if io_uring {
+        let (served, (export, ended)) = if io_uring {
             let session = Session::new(file_system, 1);
             let (served, ended) = serve_io_uring(device, contexts, &session).await;
-            (served.map_err(Failure::Ring), session, ended)
+            let export = Self {
+                session,
+                mount,
+                io_uring,
+                allow_other,
+                kept: RefCell::default(),
+                left: Cell::new(false),
+            };
+            (served.map_err(Failure::Ring), (export, ended))
         } else {
-            let devices = clone_devices(device, contexts);
-            let session = Session::new(file_system, devices.len());
-            let ended = serve_classic(devices, contexts, &session);
-            (Ok(()), session, ended)
-        };
-        let export = Self {
-            session,
-            mount,
-            io_uring,
+            let devices = clone_devices(vec![device], contexts);
+            let started = Self::serve(devices, mount, allow_other, file_system, contexts);
+            (Ok(()), started)
         };
         let lacks_ring = !io_uring && options.io_uring == OnOffAuto::On;
         let attached = match served {
@@ -267,6 +281,57 @@ impl FuseExport {
         Ok((export, ended))
     }
 
+    /// Serves a connection on classic queues.
+    fn serve(
+        devices: Vec<OwnedFd>,
+        mount: Mount,
+        allow_other: bool,
+        file_system: FileSystem,
+        contexts: &[Context],
+    ) -> (Self, Ended) {
+        let kept = devices.iter().map(OwnedFd::try_clone).collect();
+        let kept: io::Result<Vec<OwnedFd>> = kept;
+        let session = Session::new(file_system, devices.len());
+        let ended = serve_classic(devices, contexts, &session);
+        let export = Self {
+            session,
+            mount,
+            io_uring: false,
+            allow_other,
+            // Without them, the mount cannot be handed over.
+            kept: RefCell::new(kept.unwrap_or_default()),
+            left: Cell::new(false),
+        };
+        (export, ended)
+    }
+
+    /// Serves a connection that another process served before. The rest is as for [`start`](Self::start).
+    ///
+    /// # Errors
+    /// The connection has ended.
+    pub(crate) fn adopt(
+        connection: Connection,
+        contents: &Contents,
+        contexts: &[Context],
+    ) -> Result<(Self, Ended), Error> {
+        let (mount, allow_other) = (connection.mount.clone(), connection.allow_other);
+        let file_system = contents.file_system(allow_other);
+        file_system.take_over(&connection.attributes);
+        let devices = connection.resend(contexts.len()).map_err(|errno| {
+            Error::os("Failed to take over the FUSE mount", errno)
+                .with_hint("It has been unmounted, or its connection has been ended.")
+        })?;
+        let devices = clone_devices(devices, contexts);
+        own_mounts::add(mount.device_number());
+        Ok(Self::serve(
+            devices,
+            mount,
+            allow_other,
+            file_system,
+            contexts,
+        ))
+    }
+
     async fn unmount(&self, abort: bool) {
         let mount = self.mount.clone();
         pool::run(move || mount.unmount(abort)).await;
@@ -274,6 +339,23 @@ impl FuseExport {
 }
 
 impl Export for FuseExport {
+    fn connection(&self) -> Option<Connection> {
+        let kept = self.kept.borrow();
+        let devices: io::Result<Vec<OwnedFd>> = kept.iter().map(OwnedFd::try_clone).collect();
+        let devices = devices.ok().filter(|devices| !devices.is_empty())?;
+        Some(Connection {
+            devices,
+            mount: self.mount.clone(),
+            allow_other: self.allow_other,
+            attributes: self.session.file_system.save_attributes(),
+        })
+    }
+
+    fn leave(&self) {
+        self.left.set(true);
+        self.session.stop();
+    }
+
     /// Whoever has the file open finds it gone, in either mode, as in the reference.
     fn is_in_use(&self) -> bool {
         false
@@ -283,6 +365,7 @@ impl Export for FuseExport {
         Box::pin(async {
             let unmounting = self.unmount(self.io_uring);
             let unmounted = tokio::time::timeout(UNMOUNT_PATIENCE, unmounting).await;
+            self.kept.take();
             self.session.stop();
             if unmounted.is_err() {
                 tracing::warn!("unmounting takes long, ending the connection");
@@ -294,8 +377,11 @@ impl Export for FuseExport {
 
     fn finish(&self) -> LocalFuture<'_> {
         Box::pin(async {
+            self.kept.take();
             // Where the connection was aborted, the dead mount is still there.
-            self.unmount(false).await;
+            if !self.left.get() {
+                self.unmount(false).await;
+            }
             own_mounts::remove(self.mount.device_number());
         })
     }

@@ -4,9 +4,11 @@
 //! handled as a task of its own ([`FileSystem::handle`]), so that it holds nobody up. Both move the payload straight between the
 //! transport's memory and the storage.
 
+use serde_json::Value;
 use stord_aio::{Errno, IoBuffer};
 
 use super::abi::{CopyFileRangeOut, ROOT_ID, WriteOut};
+use super::attributes::Attributes;
 use super::copy::copy;
 use super::directory::Directory;
 use super::disk_file::DiskFile;
@@ -50,6 +52,26 @@ impl FileSystem {
         };
         let index = usize::try_from(node.checked_sub(first)?).ok()?;
         self.files.get(index)
+    }
+
+    /// Mode, owner and times of the root, and then of each file in a directory.
+    pub(super) fn save_attributes(&self) -> Vec<Value> {
+        self.all_attributes().map(Attributes::save).collect()
+    }
+
+    /// Goes on where another process has left: with its attributes, and with what it may not have flushed.
+    pub(super) fn take_over(&self, attributes: &[Value]) {
+        for (attributes, saved) in self.all_attributes().zip(attributes) {
+            attributes.restore(saved);
+        }
+        for file in &self.files {
+            file.note_unflushed();
+        }
+    }
+
+    fn all_attributes(&self) -> impl Iterator<Item = &Attributes> {
+        let directory = self.directory.iter().map(Directory::attributes);
+        directory.chain(self.files.iter().map(|file| &file.attributes))
     }
 
     /// Answers a request if that needs no waiting. `payload` is where a READ puts its bytes and a WRITE has them.

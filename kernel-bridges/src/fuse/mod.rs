@@ -3,6 +3,7 @@
 //! ```text
 //! export       life cycle, on the control thread
 //!   mount        how the file system gets to its path and away again    (kernel: the system calls, init: the first request)
+//!   connection   what another process needs to go on
 //!   session      what the queues share
 //!     classic      a queue: fetch, answer at once or as a task, reply   (buffers: memory for requests, waiting)
 //!       request      what is asked, without its transport               (abi: the wire format)
@@ -14,6 +15,7 @@ mod abi;
 mod attributes;
 mod buffers;
 mod classic;
+mod connection;
 mod control;
 mod copy;
 mod directory;
@@ -36,5 +38,6 @@ mod tests;
 mod uring;
 mod waiting;
 
+pub use connection::Connection;
 pub(crate) use export::{Contents, FileOptions, FuseExport, FuseOptions, check_mountpoint};
 pub(crate) use resize::{ResizeRequest, serve_resizes};

@@ -130,6 +130,24 @@ impl Attachment {
 }
 
 impl Mount {
+    /// A mount that another process made.
+    pub(super) fn known(path: PathBuf, device_number: u64, by_helper: bool) -> Self {
+        Self {
+            path,
+            device_number,
+            by_helper,
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether a set-user-id program made it, which has to unmount it too.
+    pub(super) fn is_by_helper(&self) -> bool {
+        self.by_helper
+    }
+
     /// The number of the file system's device.
     pub(super) fn device_number(&self) -> u64 {
         self.device_number

@@ -13,13 +13,14 @@ use crate::export::Ended;
 use super::session::Session;
 use super::{classic, kernel, uring};
 
-/// Descriptors for the queues of one connection, the original first.
+/// Descriptors for the queues of one connection, those that there are first.
 ///
 /// The more contexts, the more classic queues. With io_uring one of them is enough; the other descriptors carry the commands.
-pub(super) fn clone_devices(device: OwnedFd, contexts: &[Context]) -> Vec<OwnedFd> {
-    let mut devices = vec![device];
-    while devices.len() < contexts.len() {
-        match kernel::clone_device(devices[0].as_fd()) {
+pub(super) fn clone_devices(mut devices: Vec<OwnedFd>, contexts: &[Context]) -> Vec<OwnedFd> {
+    while let Some(first) = devices.first()
+        && devices.len() < contexts.len()
+    {
+        match kernel::clone_device(first.as_fd()) {
             Ok(device) => devices.push(device),
             Err(errno) => {
                 tracing::warn!(%errno, "cannot clone the FUSE device: serving with fewer queues");

@@ -38,6 +38,7 @@ impl DiskFile {
         if i64::try_from(end).is_err() {
             return Err(Errno::EFBIG);
         }
+        let change = self.begin_change();
         let size = self.backend.size();
         const PUNCH: u32 = PUNCH_HOLE | KEEP_SIZE;
         const ZERO_INSIDE: u32 = ZERO_RANGE | KEEP_SIZE;
@@ -59,6 +60,7 @@ impl DiskFile {
             }
             _ => return Err(Errno::EOPNOTSUPP),
         }
+        self.settle(change).await?;
         Ok(Reply::Done)
     }
 

@@ -31,6 +31,7 @@ const READ_ONLY: Presentation = Presentation {
     writable: false,
     growable: false,
     writethrough: false,
+    outlives: false,
     allow_other: false,
 };
 const WRITABLE: Presentation = Presentation {

@@ -15,6 +15,7 @@ mod lock;
 mod open;
 pub mod own_mounts;
 mod resize;
+pub mod supplied;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

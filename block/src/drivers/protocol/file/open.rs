@@ -15,7 +15,7 @@ use stord_qmp::schema::block::{
 };
 
 use super::lock::Locks;
-use super::{Access, FileDriver, alignment, own_mounts};
+use super::{Access, FileDriver, alignment, own_mounts, supplied};
 use crate::contexts::Contexts;
 use crate::driver::{Limits, Protocol};
 use crate::graph::{NodeOptions, cannot_change};
@@ -64,7 +64,7 @@ fn open_here(
     let dynamic = node.auto_read_only && !node.read_only;
     let writable = !node.read_only && !dynamic;
     let fd = open_path(
-        filename.as_str(),
+        supplied::path_of(filename).as_str(),
         flags(writable, node.direct) | OFlag::O_NONBLOCK,
         Mode::empty(),
     )
