@@ -34,8 +34,9 @@ pub fn mount_at(path: &Path) -> Option<Mount> {
 
 /// Whether the process that served the file system at the path is gone. Waits for one that is not.
 pub fn is_dead(path: &Path) -> bool {
-    // Unlike a stat, this is not answered from what the kernel remembers.
-    statfs(path).is_err_and(|errno| errno == Errno::ENOTCONN)
+    // Unlike a stat, this is not answered from what the kernel remembers. A daemon whose end is not complete yet lets it wait, and
+    // then fail in the second way.
+    statfs(path).is_err_and(|errno| matches!(errno, Errno::ENOTCONN | Errno::ECONNABORTED))
 }
 
 fn parse(line: &[u8]) -> Option<Mount> {

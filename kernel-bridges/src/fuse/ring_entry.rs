@@ -20,7 +20,9 @@ use std::sync::Arc;
 use stord_aio::{IoBuffer, SharedMemory, UringCmd, uring_cmd};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use super::abi::{CommandIn, InHeader, MAX_ARGUMENTS, OutHeader, RingEntryInOut, ring_command};
+use super::abi::{
+    CommandIn, InHeader, MAX_ARGUMENTS, OutHeader, RingEntryInOut, opcode, ring_command,
+};
 
 const HEADER_LEN: usize = 288;
 const ARGUMENTS_AT: usize = 128;
@@ -152,7 +154,13 @@ impl RingEntry {
             unreachable!("the array holds all three parts");
         };
         let mut arguments = [0; MAX_ARGUMENTS];
-        arguments.copy_from_slice(&bytes[ARGUMENTS_AT..IN_OUT_AT]);
+        if header.opcode == opcode::LOOKUP && about.payload_sz > 0 {
+            // The name is no structure, and comes as payload.
+            let len = arguments.len().min(about.payload_sz as usize);
+            self.payload().read_at(0, &mut arguments[..len]);
+        } else {
+            arguments.copy_from_slice(&bytes[ARGUMENTS_AT..IN_OUT_AT]);
+        }
         self.parts.commit_id = about.commit_id;
         (header, arguments, about.payload_sz)
     }
