@@ -60,7 +60,11 @@ impl Daemon {
         let shutdown = Shutdown::default();
         shutdown.obey_signals().map_err(failed)?;
         let contexts = Rc::new(Contexts::start().map_err(failed)?);
-        let graph = Rc::new(Graph::new(Rc::clone(&contexts)));
+        let objects = objects::Objects::new(Rc::clone(&contexts));
+        let graph = Rc::new(Graph::with_credentials(
+            Rc::clone(&contexts),
+            objects.credentials(),
+        ));
         let events = Broadcast::default();
         let exports = {
             let events = events.clone();
@@ -83,7 +87,7 @@ impl Daemon {
             graph,
             jobs,
             exports,
-            objects: objects::Objects::new(Rc::clone(&contexts)),
+            objects,
             chardevs: Chardevs::default(),
             contexts,
             shutdown,

@@ -25,7 +25,6 @@ const KNOWN: &[&str] = &[
     "https",
     "iscsi",
     "luks",
-    "nbd",
     "nfs",
     "nvme",
     "parallels",

@@ -16,6 +16,7 @@ mod memory;
 mod mount_command;
 mod mount_partitions;
 mod nbd;
+mod nbd_client;
 mod nodes;
 mod parallel_writes;
 mod qmp_clients;

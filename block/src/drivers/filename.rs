@@ -10,6 +10,7 @@ use stord_qmp::schema::block::{
 use stord_qmp::{Error, from_json};
 
 use super::format::Probed;
+use super::protocol::nbd::uri;
 use crate::driver::{Driver, FILE};
 use crate::graph::Node;
 
@@ -38,11 +39,13 @@ pub fn parse(
     if let Some(description) = name.strip_prefix("json:") {
         return parse_description(description);
     }
-    let file = BlockdevOptions::new(BlockdevDriver::File(BlockdevOptionsFile::new(resolve(
-        name, base,
-    )?)));
+    let file = BlockdevOptions::new(if uri::is_uri(name) {
+        BlockdevDriver::Nbd(uri::parse(name)?)
+    } else {
+        BlockdevDriver::File(BlockdevOptionsFile::new(resolve(name, base)?))
+    });
     match format {
-        None | Some("file") => Ok(file),
+        None | Some("file" | "nbd") => Ok(file),
         Some("raw") => Ok(with_format(file, Probed::Raw)),
         Some("qcow2") => Ok(with_format(file, Probed::Qcow2)),
         Some(other) => Err(Error::generic(format!("Unknown driver '{other}'"))),

@@ -21,6 +21,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Weak};
 
 use stord_aio::sync;
+use stord_credentials::Credentials;
 use stord_qmp::schema::block::{BlockdevOptions, BlockdevRef};
 use stord_qmp::schema::create::PreallocMode;
 use stord_qmp::{Error, ErrorClass};
@@ -43,6 +44,8 @@ use event::Events;
 /// The nodes and their users.
 pub struct Graph {
     contexts: Rc<Contexts>,
+    /// What drivers that speak with others prove themselves by.
+    credentials: Arc<Credentials>,
     /// Every node, in the order of opening.
     nodes: RefCell<Vec<Arc<Node>>>,
     /// The nodes that `blockdev-add` made and `blockdev-del` may remove.
@@ -59,11 +62,17 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// An empty graph.
+    /// An empty graph whose drivers find no credentials.
     pub fn new(contexts: Rc<Contexts>) -> Self {
+        Self::with_credentials(contexts, Arc::default())
+    }
+
+    /// An empty graph.
+    pub fn with_credentials(contexts: Rc<Contexts>, credentials: Arc<Credentials>) -> Self {
         let (events, happenings) = Events::channel();
         Self {
             contexts,
+            credentials,
             nodes: RefCell::default(),
             monitor_owned: RefCell::default(),
             roots: RefCell::default(),

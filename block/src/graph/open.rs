@@ -151,6 +151,26 @@ impl Graph {
                         read_only,
                     ))
                 }
+                BlockdevDriver::Nbd(nbd) => {
+                    let driver = protocol::nbd::Nbd::open(nbd, &self.credentials).await?;
+                    if driver.is_read_only()
+                        && !node_options.read_only
+                        && !node_options.auto_read_only
+                    {
+                        return Err(Error::generic(
+                            "request on write denied without write permission",
+                        )
+                        .with_hint("the export is read-only: open it with 'read-only=on'"));
+                    }
+                    let read_only = node_options.read_only || driver.is_read_only();
+                    Ok(self.add_leaf(
+                        name,
+                        driver_name,
+                        Driver::Protocol(Box::new(driver)),
+                        node_options,
+                        read_only,
+                    ))
+                }
                 BlockdevDriver::NullCo(null) | BlockdevDriver::NullAio(null) => {
                     let read_only = node_options.read_only;
                     let driver = protocol::null::Null::open(null)?;

@@ -150,6 +150,7 @@ impl Graph {
             }
             BlockdevDriver::File(_)
             | BlockdevDriver::HostDevice(_)
+            | BlockdevDriver::Nbd(_)
             | BlockdevDriver::NullCo(_)
             | BlockdevDriver::NullAio(_) => {}
         }

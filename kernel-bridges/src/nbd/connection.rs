@@ -15,20 +15,23 @@ use stord_aio::sync::Notify;
 use stord_aio::{Errno, IoBuffer, IoVec, spawn_local, yield_now};
 use stord_block::Backend;
 use stord_block::driver::ZeroFlags;
+use stord_block::drivers::protocol::nbd::inbox::Inbox;
+use stord_block::drivers::protocol::nbd::transport::Transport;
 use stord_block::drivers::protocol::nbd::wire::{Command, CommandFlags, MAX_PAYLOAD};
 use stord_credentials::tls::TlsSession;
 
 use super::extents;
 use super::handshake::{Manner, MetaContext};
-use super::inbox::Inbox;
 use super::outbox::Outbox;
 use super::payloads::{FRONT, Payloads};
 use super::reply::Style;
 use super::request::{MAX_HEADER, NoRequest, Request};
-use super::transport::Transport;
 
 /// A client with so many bytes of memory in use by its requests and replies is not listened to.
 const MAX_BYTES: usize = 32 << 20;
+/// With so many bytes ready that the client has not taken yet, no more are got ready: what was just read is sent while the processor
+/// has it in its cache.
+const AHEAD: usize = 1 << 20;
 /// A client with so many requests in flight is not listened to.
 const MAX_REQUESTS: usize = 1024;
 /// Memory that a request uses besides its payload, in bytes.
@@ -178,8 +181,10 @@ impl Connection {
     }
 
     fn is_full(&self) -> bool {
+        let ready = self.outbox.borrow().bytes();
         self.requests.get() >= MAX_REQUESTS
-            || self.bytes.get() + self.outbox.borrow().bytes() >= MAX_BYTES
+            || ready >= AHEAD
+            || self.bytes.get() + ready >= MAX_BYTES
     }
 
     /// Bytes that have to be there before anything can be done.
@@ -199,12 +204,14 @@ impl Connection {
         }
     }
 
-    /// Serves the requests that have come, and gives their number.
+    /// Serves the requests that have come, and gives their number; [`BURST`] when there may be more.
     async fn serve_received(self: &Rc<Self>, inbox: &mut Inbox) -> Result<u32, End> {
         let style = self.service.manner.style;
         let header = Request::header_size(style);
         let mut served = 0;
-        while inbox.len() >= header && served < BURST && !self.is_full() {
+        let mut begun = 0;
+        while inbox.len() >= header && served < BURST && begun < AHEAD && !self.is_full() {
+            let before = self.bytes.get();
             let mut bytes = [0; MAX_HEADER];
             inbox.peek(&mut bytes[..header]);
             let request = Request::parse(style, &bytes)?;
@@ -237,8 +244,9 @@ impl Connection {
                 self.begin_owned(request, whole, payload);
             }
             served += 1;
+            begun += self.bytes.get().saturating_sub(before);
         }
-        Ok(served)
+        Ok(if begun >= AHEAD { BURST } else { served })
     }
 
     /// Receives a payload into memory of its own, from [`FRONT`] on.

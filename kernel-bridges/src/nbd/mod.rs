@@ -4,24 +4,22 @@
 //! server       listens, lets clients in, sees to the limits              (control thread)
 //!   handshake    finds out what a client wants; offers the exports       (channel: plain or TLS)
 //!   export       an export, its clients and their end
-//!     connection   serves one client on one context                      (inbox, outbox, payloads: memory; request, reply: wire; transport)
+//!     connection   serves one client on one context                      (outbox, payloads: memory; request, reply: wire)
 //!       extents      block status and sparse reads
 //! ```
 //!
-//! The wire format is the client's too: `stord_block::drivers::protocol::nbd::wire`.
+//! The wire format, the stream and what was received are the client's too: `stord_block::drivers::protocol::nbd`.
 
 mod channel;
 mod connection;
 mod export;
 mod extents;
 mod handshake;
-mod inbox;
 mod outbox;
 mod payloads;
 mod reply;
 mod request;
 mod server;
-mod transport;
 
 pub(crate) use export::NbdExport;
 pub(crate) use handshake::Security;

@@ -1,6 +1,7 @@
 //! Block nodes: how they are opened, referred to, resized and removed.
 
 use crate::Qapi;
+use crate::schema::socket::SocketAddress;
 
 /// What `blockdev-add` and `--blockdev` open: a driver with its options, and what all nodes have.
 #[derive(Clone, Debug, PartialEq, Qapi)]
@@ -49,6 +50,8 @@ pub enum BlockdevDriver {
     /// A block device of the host.
     #[qapi(rename = "host_device")]
     HostDevice(BlockdevOptionsFile),
+    /// A disk that an NBD server has.
+    Nbd(BlockdevOptionsNbd),
     /// Discards what is written, completing later.
     NullAio(BlockdevOptionsNull),
     /// Discards what is written, in the context of the request.
@@ -136,6 +139,44 @@ impl BlockdevOptionsFile {
             aio: None,
             aio_max_batch: None,
             drop_cache: None,
+        }
+    }
+}
+
+/// Options of `nbd`.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct BlockdevOptionsNbd {
+    /// Where the server is.
+    pub server: SocketAddress,
+    /// The name of the export; default the empty one.
+    pub export: Option<String>,
+    /// The id of TLS credentials; with them, TLS is spoken.
+    pub tls_creds: Option<String>,
+    /// The name that the server's certificate must be for; default the server's host name.
+    pub tls_hostname: Option<String>,
+    /// The metadata context to take in place of `base:allocation`.
+    #[qapi(features("unstable"))]
+    pub x_dirty_bitmap: Option<String>,
+    /// When the connection is lost, requests wait so many seconds for it to come back, then fail; default 0.
+    pub reconnect_delay: Option<u32>,
+    /// Opening tries again for so many seconds while the server cannot be reached; default 0.
+    pub open_timeout: Option<u32>,
+    /// So many connections may be made if the server allows several; default 4. Ours.
+    pub connections: Option<u32>,
+}
+
+impl BlockdevOptionsNbd {
+    /// The default export of that server with every option at its default.
+    pub fn new(server: SocketAddress) -> Self {
+        Self {
+            server,
+            export: None,
+            tls_creds: None,
+            tls_hostname: None,
+            x_dirty_bitmap: None,
+            reconnect_delay: None,
+            open_timeout: None,
+            connections: None,
         }
     }
 }

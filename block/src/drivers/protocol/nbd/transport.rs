@@ -1,12 +1,13 @@
-//! A client's stream in its transmission phase, on its context: plain, or TLS.
+//! The stream of a connection in its transmission phase, on its context: plain, or TLS.
 //!
 //! Under TLS a send takes plaintext as soon as it is encrypted, and keeps the ciphertext until the socket has taken it: `Ok` says that
 //! those bytes are in order and need not be offered again, and [`Transport::is_clear`] when nothing is left to send.
 
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 
+use nix::sys::socket::{Shutdown, shutdown};
 use stord_aio::{Errno, IoBuffer, IoVec, PolledFd};
 use stord_credentials::tls::{Plaintext, TlsSession};
 
@@ -15,8 +16,8 @@ const CIPHERTEXT: usize = 64 << 10;
 /// The most plaintext encrypted at a time, in bytes.
 const PLAINTEXT: u64 = 256 << 10;
 
-/// A client's stream.
-pub(super) struct Transport {
+/// The stream of a connection.
+pub struct Transport {
     socket: PolledFd,
     tls: Option<RefCell<Tls>>,
 }
@@ -32,7 +33,10 @@ struct Tls {
 
 impl Transport {
     /// Takes a socket over, with the session that has begun on it.
-    pub(super) fn new(socket: OwnedFd, session: Option<TlsSession>) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// The descriptor cannot be made nonblocking.
+    pub fn new(socket: OwnedFd, session: Option<TlsSession>) -> io::Result<Self> {
         Ok(Self {
             socket: PolledFd::new(socket)?,
             tls: session.map(|session| {
@@ -50,7 +54,7 @@ impl Transport {
     ///
     /// # Errors
     /// `EAGAIN` when there is nothing, or what the socket says.
-    pub(super) fn try_receive(&self, room: &IoVec) -> Result<usize, Errno> {
+    pub fn try_receive(&self, room: &IoVec) -> Result<usize, Errno> {
         let Some(tls) = &self.tls else {
             return self.socket.try_read(room);
         };
@@ -68,7 +72,7 @@ impl Transport {
     ///
     /// # Errors
     /// What the socket says; `ECANCELED` when the context stops.
-    pub(super) async fn receive(&self, room: IoVec) -> Result<usize, Errno> {
+    pub async fn receive(&self, room: IoVec) -> Result<usize, Errno> {
         let Some(tls) = &self.tls else {
             return self.socket.read_when_ready(room).await;
         };
@@ -86,7 +90,7 @@ impl Transport {
     ///
     /// # Errors
     /// `EAGAIN` when the socket takes nothing, or what it says.
-    pub(super) fn try_send(&self, front: &IoVec) -> Result<usize, Errno> {
+    pub fn try_send(&self, front: &IoVec) -> Result<usize, Errno> {
         let Some(tls) = &self.tls else {
             return self.socket.try_write(front);
         };
@@ -110,7 +114,7 @@ impl Transport {
     ///
     /// # Errors
     /// What the socket says; `ECANCELED` when the context stops.
-    pub(super) async fn send(&self, front: IoVec) -> Result<usize, Errno> {
+    pub async fn send(&self, front: IoVec) -> Result<usize, Errno> {
         let Some(tls) = &self.tls else {
             return self.socket.write_when_ready(front).await;
         };
@@ -123,8 +127,14 @@ impl Transport {
         Ok(0)
     }
 
+    /// Ends the connection in both directions; whoever receives finds the end of the stream.
+    pub fn shut_down(&self) {
+        // Fails when the peer has done so already.
+        let _ = shutdown(self.socket.fd().as_raw_fd(), Shutdown::Both);
+    }
+
     /// Whether everything that was taken has been sent.
-    pub(super) fn is_clear(&self) -> bool {
+    pub fn is_clear(&self) -> bool {
         self.tls.as_ref().is_none_or(|tls| {
             let tls = tls.borrow();
             tls.outgoing.is_empty() && tls.session.output().is_empty()

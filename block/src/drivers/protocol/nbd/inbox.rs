@@ -1,6 +1,6 @@
-//! What a client has sent and nobody has looked at yet.
+//! What a peer has sent and nobody has looked at yet.
 //!
-//! Requests come in one after the other, so many of them are received by one system call, and short payloads are used where they
+//! Messages come in one after the other, so many of them are received by one system call, and short payloads are used where they
 //! were received. A long payload goes straight to memory of its own, but for its beginning.
 
 use stord_aio::{IoBuffer, IoVec};
@@ -11,14 +11,21 @@ const SIZE: usize = 64 << 10;
 const MIN_ROOM: usize = 16 << 10;
 
 /// Received bytes in their order.
-pub(super) struct Inbox {
+pub struct Inbox {
     memory: IoBuffer,
     start: usize,
     end: usize,
 }
 
+impl Default for Inbox {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Inbox {
-    pub(super) fn new() -> Self {
+    /// An empty one.
+    pub fn new() -> Self {
         Self {
             memory: IoBuffer::zeroed(SIZE),
             start: 0,
@@ -27,22 +34,23 @@ impl Inbox {
     }
 
     /// Bytes that are there.
-    pub(super) fn len(&self) -> usize {
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
+    pub fn len(&self) -> usize {
         self.end - self.start
     }
 
     /// Whether so many bytes can ever be there at once.
-    pub(super) fn holds(len: usize) -> bool {
+    pub fn holds(len: usize) -> bool {
         len <= SIZE
     }
 
     /// Copies the first bytes and leaves them there.
-    pub(super) fn peek(&self, out: &mut [u8]) {
+    pub fn peek(&self, out: &mut [u8]) {
         self.memory.read_at(self.start, out);
     }
 
     /// Forgets the first `count` bytes.
-    pub(super) fn consume(&mut self, count: usize) {
+    pub fn consume(&mut self, count: usize) {
         debug_assert!(count <= self.len(), "only what was received is consumed");
         self.start += count;
         if self.start == self.end {
@@ -52,12 +60,12 @@ impl Inbox {
     }
 
     /// The first `count` bytes where they lie, valid until the next call of [`room`](Self::room).
-    pub(super) fn front(&self, count: usize) -> IoBuffer {
+    pub fn front(&self, count: usize) -> IoBuffer {
         self.memory.slice(self.start..self.start + count)
     }
 
     /// Where the next bytes go. Moves what is there to the front if `wanted` bytes in all would not fit behind it.
-    pub(super) fn room(&mut self, wanted: usize) -> IoVec {
+    pub fn room(&mut self, wanted: usize) -> IoVec {
         let behind = SIZE - self.start;
         if self.start > 0 && (behind < wanted || SIZE - self.end < MIN_ROOM) {
             let mut kept = vec![0; self.len()];
@@ -70,7 +78,7 @@ impl Inbox {
     }
 
     /// Notes that `count` bytes came where [`room`](Self::room) said.
-    pub(super) fn received(&mut self, count: usize) {
+    pub fn received(&mut self, count: usize) {
         self.end += count;
     }
 }
