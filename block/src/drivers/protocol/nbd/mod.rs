@@ -26,6 +26,7 @@ use stord_aio::{Errno, IoVec, join_all};
 use stord_credentials::Credentials;
 use stord_qmp::Error;
 use stord_qmp::schema::block::BlockdevOptionsNbd;
+use stord_qmp::schema::create::PreallocMode;
 use stord_qmp::schema::object::QCryptoTLSCredsEndpoint;
 use stord_qmp::schema::socket::{InetSocketAddress, SocketAddressKind};
 
@@ -317,7 +318,12 @@ impl Protocol for Nbd {
         })
     }
 
-    fn truncate<'a>(&'a self, size: u64, exact: bool) -> IoFuture<'a> {
+    fn truncate<'a>(
+        &'a self,
+        size: u64,
+        exact: bool,
+        _preallocation: PreallocMode,
+    ) -> IoFuture<'a> {
         let is_enough = size == self.length() || (!exact && size < self.length());
         Box::pin(async move {
             if is_enough {
