@@ -6,6 +6,7 @@
 
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use stord_block::job::Jobs;
 use stord_block::{Contexts, Graph};
@@ -63,7 +64,7 @@ impl Daemon {
         let objects = objects::Objects::new(Rc::clone(&contexts));
         let graph = Rc::new(Graph::with_credentials(
             Rc::clone(&contexts),
-            objects.credentials(),
+            Arc::clone(objects.credentials()),
         ));
         let events = Broadcast::default();
         let exports = {
