@@ -228,7 +228,7 @@ impl File {
         if let Err(errno) = check(offset, buffers.len()) {
             return Some(Err(errno));
         }
-        if !self.file.is_promising(action) || buffers.buffers().len() > MAX_BUFFERS {
+        if !self.file.is_promising(action, buffers.len()) || buffers.buffers().len() > MAX_BUFFERS {
             return None;
         }
         match count(self.file.attempt(action, buffers)?) {
@@ -262,7 +262,7 @@ impl File {
     /// Starts the operation until it is neither interrupted nor put off.
     async fn attempt(&self, action: Action, buffers: &mut IoVec) -> Result<u64, Errno> {
         let mut by_thread = self.engine == Engine::Threads;
-        let is_promising = self.file.is_promising(action);
+        let is_promising = self.file.is_promising(action, buffers.len());
         let at_once = is_promising && go_on(buffers.len()).await;
         loop {
             let inline = if at_once {
