@@ -73,7 +73,11 @@ async fn measure(directory: &Path, part: &str) {
                     let name = format!(
                         "{leaf:8} {} depth {depth:2} {} {count} context{}",
                         if writes { "write" } else { "read " },
-                        if way == Way::AtOnce { "at once" } else { "future " },
+                        if way == Way::AtOnce {
+                            "at once"
+                        } else {
+                            "future "
+                        },
                         if count == 1 { " " } else { "s" },
                     );
                     if name.contains(part) {
@@ -97,7 +101,11 @@ async fn over_nothing(graph: &Graph, directory: &Path) -> [Backend; 2] {
     let option = format!("data_file={},preallocation=metadata", text(&data));
     create(&["-o", &option], &image, NULL_SIZE);
     let leaf = json!({"driver": "null-co", "size": NULL_SIZE});
-    add(graph, json!({"node-name": "raw0", "driver": "raw", "file": leaf})).await;
+    add(
+        graph,
+        json!({"node-name": "raw0", "driver": "raw", "file": leaf}),
+    )
+    .await;
     let file = json!({"driver": "file", "filename": text(&image)});
     let qcow2 = json!({"node-name": "qcow0", "driver": "qcow2", "file": file, "data-file": leaf});
     add(graph, qcow2).await;
@@ -110,10 +118,26 @@ async fn over_file(graph: &Graph, directory: &Path) -> [Backend; 2] {
     let image = directory.join("full.qcow2");
     let full = vec![0x5a; usize::try_from(FILE_SIZE).expect("it fits")];
     std::fs::write(&raw, full).expect("a full disk image");
-    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", text(&raw), text(&image)]);
+    qemu_img(&[
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        text(&raw),
+        text(&image),
+    ]);
     let file = |path: &Path| json!({"driver": "file", "filename": text(path)});
-    add(graph, json!({"node-name": "raw1", "driver": "raw", "file": file(&raw)})).await;
-    add(graph, json!({"node-name": "qcow1", "driver": "qcow2", "file": file(&image)})).await;
+    add(
+        graph,
+        json!({"node-name": "raw1", "driver": "raw", "file": file(&raw)}),
+    )
+    .await;
+    add(
+        graph,
+        json!({"node-name": "qcow1", "driver": "qcow2", "file": file(&image)}),
+    )
+    .await;
     attach(graph, ["raw1", "qcow1"]).await
 }
 
@@ -152,7 +176,9 @@ async fn attach(graph: &Graph, nodes: [&str; 2]) -> [Backend; 2] {
         let backend = graph.attach(node, "map_cost", claim).await;
         backends.push(backend.expect("the node takes a user"));
     }
-    backends.try_into().unwrap_or_else(|_| unreachable!("as many as nodes"))
+    backends
+        .try_into()
+        .unwrap_or_else(|_| unreachable!("as many as nodes"))
 }
 
 /// Median times of both, in nanoseconds per request.

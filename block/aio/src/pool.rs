@@ -84,7 +84,7 @@ pub async fn run<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T
 }
 
 /// The same for work that keeps a processor busy: as many of these run at a time as there are
-/// processors.
+/// processors, or four.
 ///
 /// # Panics
 ///

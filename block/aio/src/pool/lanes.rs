@@ -119,11 +119,12 @@ impl Lanes {
 }
 
 fn default_limits(number: usize) -> PoolLimits {
-    let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
     PoolLimits {
         min: PoolLimits::DEFAULT.min,
         max: if number == COMPUTING {
-            processors()
+            // A few more, so that a busy machine gives us our share.
+            processors.max(4)
         } else {
             PoolLimits::DEFAULT.max
         },

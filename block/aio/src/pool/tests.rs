@@ -142,7 +142,9 @@ fn threads_that_are_to_be_kept_start_at_once() {
 fn computations_are_as_many_as_processors() {
     let pool = pool();
     let held = holder();
-    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let processors = thread::available_parallelism()
+        .map_or(1, usize::from)
+        .max(4);
     for number in 0..=processors {
         pool.start(COMPUTING, (held.make)(number));
     }

@@ -1,38 +1,54 @@
-//! Compressed clusters: read, decompressed on the blocking pool, and the last few kept. Several requests for one cluster decompress it
-//! once.
+//! Compressed clusters: read, decompressed on several processors, and the last few kept. Several requests for one cluster decompress
+//! it once.
 //!
-//! A cluster's decompressed content is kept under its L2 entry. Entries of compressed clusters never change while they are in use, so
-//! what is kept stays right until the space behind an entry is freed ([`Decompressed::forget`]).
+//! A small read decompresses its cluster up to where it ends; the second one that needs more takes the whole. What was decompressed is
+//! kept under the cluster's L2 entry. Entries of compressed clusters never change while they are in use, so what is kept stays right
+//! until the space behind an entry is freed ([`Decompressed::forget`]).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use flate2::{Decompress, FlushDecompress, Status};
+use stord_aio::sync::Semaphore;
 use stord_aio::{Errno, IoBuffer, IoVec, pool};
 
 use super::Image;
 use super::layout::CompressedRun;
 use super::single_flight::SingleFlight;
+use super::unpack::{Packing, unpack};
 use crate::driver::{BACKING, ExtentKind, FILE, IoFuture, Lookup};
 
 /// Bytes of decompressed clusters to keep.
 const KEEP_BYTES: usize = 1 << 20;
 /// Clusters to keep at least, however large they are.
 const KEEP_CLUSTERS: usize = 2;
+/// So many clusters are read and decompressed at a time, so that a large request does not hold all of its clusters in memory twice.
+const AT_A_TIME: usize = 16;
 
 /// The last decompressed clusters.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Decompressed {
-    kept: Mutex<VecDeque<(u64, Arc<[u8]>)>>,
+    kept: Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>,
     under_way: SingleFlight,
+    places: Semaphore,
+}
+
+impl Default for Decompressed {
+    fn default() -> Self {
+        Self {
+            kept: Mutex::default(),
+            under_way: SingleFlight::default(),
+            places: Semaphore::new(AT_A_TIME),
+        }
+    }
 }
 
 impl Decompressed {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<(u64, Arc<[u8]>)>> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(u64, Arc<Vec<u8>>)>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn get(&self, entry: u64) -> Option<Arc<[u8]>> {
+    /// What is kept of a cluster, from its start on.
+    fn get(&self, entry: u64) -> Option<Arc<Vec<u8>>> {
         let mut kept = self.lock();
         let at = kept.iter().position(|(key, _)| *key == entry)?;
         let found = kept.remove(at)?;
@@ -41,12 +57,13 @@ impl Decompressed {
         Some(content)
     }
 
-    fn keep(&self, entry: u64, content: &Arc<[u8]>) {
-        let most = (KEEP_BYTES / content.len().max(1)).max(KEEP_CLUSTERS);
+    fn keep(&self, entry: u64, content: &Arc<Vec<u8>>) {
         let mut kept = self.lock();
+        kept.retain(|(key, _)| *key != entry);
         kept.push_back((entry, Arc::clone(content)));
-        while kept.len() > most {
-            kept.pop_front();
+        let mut bytes: usize = kept.iter().map(|(_, content)| content.len()).sum();
+        while bytes > KEEP_BYTES && kept.len() > KEEP_CLUSTERS {
+            bytes -= kept.pop_front().map_or(0, |(_, content)| content.len());
         }
     }
 
@@ -67,13 +84,11 @@ impl Image {
         let Some(entry) = self.compressed_entry(offset).await? else {
             return self.read_guest(offset, dst).await;
         };
-        let content = self.decompressed(entry).await?;
         let start = usize::try_from(self.geometry.in_cluster(offset)).map_err(|_| Errno::EINVAL)?;
         let len = usize::try_from(dst.len()).map_err(|_| Errno::EINVAL)?;
-        let bytes = content
-            .get(start..)
-            .and_then(|rest| rest.get(..len))
-            .ok_or(Errno::EINVAL)?;
+        let end = start.checked_add(len).ok_or(Errno::EINVAL)?;
+        let content = self.decompressed(entry, end).await?;
+        let bytes = content.get(start..end).ok_or(Errno::EINVAL)?;
         dst.write_at(0, bytes);
         Ok(())
     }
@@ -109,73 +124,50 @@ impl Image {
         })
     }
 
-    async fn decompressed(&self, entry: u64) -> Result<Arc<[u8]>, Errno> {
+    /// The content of a compressed cluster, at least its first `needed` bytes.
+    async fn decompressed(&self, entry: u64, needed: usize) -> Result<Arc<Vec<u8>>, Errno> {
+        let size = usize::try_from(self.geometry.cluster_size()).map_err(|_| Errno::EIO)?;
+        if needed > size {
+            return Err(Errno::EINVAL);
+        }
         loop {
-            if let Some(content) = self.decompressed.get(entry) {
+            let is_enough = |content: &Arc<Vec<u8>>| content.len() >= needed;
+            if let Some(content) = self.decompressed.get(entry).filter(is_enough) {
                 return Ok(content);
             }
             let Some(_flight) = self.decompressed.under_way.begin(entry).await else {
                 continue;
             };
-            if let Some(content) = self.decompressed.get(entry) {
-                return Ok(content);
-            }
-            let run = CompressedRun::decode(entry, self.geometry.cluster_bits);
-            // At most two clusters: the length field is that wide.
-            let len = usize::try_from(run.len).map_err(|_| Errno::EIO)?;
-            let buffer = IoBuffer::zeroed(len);
-            self.children
-                .read(FILE, run.offset, buffer.clone().into())
-                .await?;
-            let packed = buffer.to_vec();
-            let size = usize::try_from(self.geometry.cluster_size()).map_err(|_| Errno::EIO)?;
-            let zstd = self.geometry.zstd;
-            let content: Arc<[u8]> = pool::run(move || unpack(&packed, size, zstd)).await?.into();
+            let kept = self.decompressed.get(entry);
+            let needed = match kept {
+                Some(content) if is_enough(&content) => return Ok(content),
+                // Whoever comes a second time comes for all of it.
+                Some(_) => size,
+                None => needed,
+            };
+            let packing = Packing {
+                zstd: self.geometry.zstd,
+                size,
+                needed,
+            };
+            let _place = self.decompressed.places.acquire().await;
+            let packed = self.packed(entry).await?;
+            let content = pool::compute(move || unpack(&packed, packing)).await?;
+            let content = Arc::new(content);
             self.decompressed.keep(entry, &content);
             return Ok(content);
         }
     }
-}
 
-/// Decompresses one cluster; what follows it in `packed` does not matter.
-pub(super) fn unpack(packed: &[u8], size: usize, zstd: bool) -> Result<Vec<u8>, Errno> {
-    let mut content = vec![0; size];
-    if zstd {
-        unzstd(packed, &mut content)
-    } else {
-        inflate(packed, &mut content)
-    }?;
-    Ok(content)
-}
-
-fn inflate(packed: &[u8], content: &mut [u8]) -> Result<(), Errno> {
-    let mut stream = Decompress::new(false);
-    let status = stream
-        .decompress(packed, content, FlushDecompress::Finish)
-        .map_err(|_| Errno::EIO)?;
-    let whole = stream.total_out() == content.len() as u64;
-    match status {
-        Status::Ok | Status::StreamEnd | Status::BufError if whole => Ok(()),
-        _ => Err(Errno::EIO),
+    /// The compressed data of a cluster, and what follows it in its last sector.
+    async fn packed(&self, entry: u64) -> Result<Vec<u8>, Errno> {
+        let run = CompressedRun::decode(entry, self.geometry.cluster_bits);
+        // At most two clusters: the length field is that wide.
+        let len = usize::try_from(run.len).map_err(|_| Errno::EIO)?;
+        let buffer = IoBuffer::zeroed(len);
+        self.children
+            .read(FILE, run.offset, buffer.clone().into())
+            .await?;
+        Ok(buffer.to_vec())
     }
-}
-
-/// Decompresses frame by frame straight into place, so that a frame's window costs no memory.
-fn unzstd(packed: &[u8], content: &mut [u8]) -> Result<(), Errno> {
-    let mut decompressor = zstd::bulk::Decompressor::new().map_err(|_| Errno::ENOMEM)?;
-    let (mut from, mut to) = (0, 0);
-    while to < content.len() {
-        let rest = packed.get(from..).ok_or(Errno::EIO)?;
-        let frame = zstd::zstd_safe::find_frame_compressed_size(rest).map_err(|_| Errno::EIO)?;
-        let frame = rest.get(..frame).ok_or(Errno::EIO)?;
-        let written = decompressor
-            .decompress_to_buffer(frame, &mut content[to..])
-            .map_err(|_| Errno::EIO)?;
-        if frame.is_empty() || written == 0 {
-            return Err(Errno::EIO);
-        }
-        from += frame.len();
-        to += written;
-    }
-    Ok(())
 }

@@ -37,16 +37,16 @@ mod snapshot;
 mod table;
 #[cfg(any(test, fuzzing))]
 mod tests;
+mod unpack;
+mod write;
+mod writeback;
+mod zero;
 
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing {
     pub use super::tests::beside::live_beside_model;
     pub use super::tests::untrusted::use_untrusted;
 }
-
-mod write;
-mod writeback;
-mod zero;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
