@@ -17,8 +17,9 @@
 )]
 
 mod shared;
+mod spare;
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::alloc::{Layout, handle_alloc_error};
 use std::any::Any;
 use std::fmt;
 use std::ops::Range;
@@ -27,6 +28,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 pub use self::shared::SharedMemory;
+use self::spare::Piece;
 
 /// Alignment of memory allocated here, in bytes: enough for direct I/O on every block size.
 const ALIGNMENT: usize = 4096;
@@ -260,14 +262,14 @@ struct Memory {
 enum Source {
     /// Nothing was allocated: the length is zero.
     Nothing,
-    Heap(Layout),
+    Small(Piece),
     Mapping,
 }
 
 impl Memory {
     fn zeroed(len: usize) -> Memory {
         let memory = Memory::uninitialised(len);
-        if matches!(memory.source, Source::Heap(_)) {
+        if matches!(memory.source, Source::Small(_)) {
             // SAFETY: `len` bytes were just allocated. A fresh mapping is zero already.
             unsafe { ptr::write_bytes(memory.ptr.as_ptr(), 0, len) };
         }
@@ -282,36 +284,31 @@ impl Memory {
                 source: Source::Nothing,
             };
         }
-        let layout = Layout::from_size_align(len, ALIGNMENT)
-            .unwrap_or_else(|_| panic!("a buffer of {len} bytes is larger than memory"));
         if len >= MAP_THRESHOLD {
-            if let Some(ptr) = map(len) {
-                return Memory {
-                    ptr,
-                    len,
-                    source: Source::Mapping,
-                };
-            }
-            handle_alloc_error(layout);
+            let Some(ptr) = map(len) else {
+                let layout = Layout::from_size_align(len, ALIGNMENT);
+                handle_alloc_error(layout.unwrap_or(Layout::new::<Page>()));
+            };
+            return Memory {
+                ptr,
+                len,
+                source: Source::Mapping,
+            };
         }
-        // SAFETY: the layout's size is not zero.
-        let Some(ptr) = NonNull::new(unsafe { alloc(layout) }) else {
-            handle_alloc_error(layout)
-        };
+        let piece = Piece::take(len);
         Memory {
-            ptr,
+            ptr: piece.ptr(),
             len,
-            source: Source::Heap(layout),
+            source: Source::Small(piece),
         }
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        match self.source {
+        match std::mem::replace(&mut self.source, Source::Nothing) {
             Source::Nothing => {}
-            // SAFETY: `ptr` came from `alloc` with this layout, and this is the last owner.
-            Source::Heap(layout) => unsafe { dealloc(self.ptr.as_ptr(), layout) },
+            Source::Small(piece) => piece.give_back(),
             Source::Mapping => {
                 // SAFETY: `ptr` and `len` are those of our own mapping, and this is the last
                 // owner.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 use arc_swap::ArcSwapOption;
+use stord_aio::IoBuffer;
 
 const WAYS: usize = 8;
 const EMPTY: u64 = u64::MAX;
@@ -53,12 +54,22 @@ impl Slice {
         }
     }
 
-    /// A slice of `bytes` as they are on disk.
-    pub(super) fn from_disk(number: u64, bytes: &[u8]) -> Self {
-        let words = bytes
-            .chunks_exact(8)
-            .map(|word| AtomicU64::new(word.try_into().map_or(0, u64::from_be_bytes)));
-        Self::new(number, words.collect())
+    /// A slice as it is on disk.
+    pub(super) fn from_disk(number: u64, bytes: &IoBuffer) -> Self {
+        // By way of the stack: a copy on the heap would leave a hole among the slices.
+        const PIECE: usize = 512;
+        let mut words = Vec::with_capacity(bytes.len() / 8);
+        for at in (0..bytes.len()).step_by(PIECE) {
+            let mut piece = [0; PIECE];
+            let piece = &mut piece[..PIECE.min(bytes.len() - at)];
+            bytes.read_at(at, piece);
+            words.extend(
+                piece
+                    .chunks_exact(8)
+                    .map(|word| AtomicU64::new(word.try_into().map_or(0, u64::from_be_bytes))),
+            );
+        }
+        Self::new(number, words.into_boxed_slice())
     }
 
     /// A slice of empty entries.

@@ -63,7 +63,7 @@ impl Image {
             let buffer = IoBuffer::zeroed(words * 8);
             let at = table.offset + self.offset_in_table(position.slice);
             self.children.read(FILE, at, buffer.clone().into()).await?;
-            Slice::from_disk(position.slice, &buffer.to_vec())
+            Slice::from_disk(position.slice, &buffer)
         };
         let slice = Arc::new(slice);
         loop {
