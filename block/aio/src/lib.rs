@@ -41,4 +41,5 @@ pub use nix::errno::Errno;
 pub use polled::PolledFd;
 pub use polling::{PollParams, Spinner};
 pub use pool::PoolLimits;
+pub use syscall::return_free_memory;
 pub use uring_cmd::{UringCmd, uring_cmd};

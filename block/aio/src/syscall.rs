@@ -222,3 +222,13 @@ fn result(n: isize) -> i32 {
     // The kernel moves less than 2^31 bytes in one call.
     i32::try_from(n).unwrap_or(i32::MAX)
 }
+
+/// Gives memory that was freed in small pieces back to the system. Takes some milliseconds, during
+/// which allocations wait.
+pub fn return_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: this touches only what the allocator has free.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

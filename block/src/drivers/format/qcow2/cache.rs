@@ -257,8 +257,9 @@ impl SliceCache {
         }
     }
 
-    /// Drops what has not been used since the last call. Needs the metadata lock.
-    pub(super) fn drop_unused(&self) {
+    /// Drops what has not been used since the last call; gives the number of slices. Needs the metadata lock.
+    pub(super) fn drop_unused(&self) -> usize {
+        let mut dropped = 0;
         for set in &self.sets {
             for (number, place) in set.numbers.iter().zip(&set.slices) {
                 let slice = place.load_full();
@@ -268,8 +269,10 @@ impl SliceCache {
                 {
                     number.store(EMPTY, Ordering::Release);
                     place.store(None);
+                    dropped += 1;
                 }
             }
         }
+        dropped
     }
 }

@@ -1,4 +1,5 @@
-//! Drops L2 slices that nobody has used for a while (`cache-clean-interval`), so that an idle image gives its cache's memory back.
+//! Drops metadata and decompressed clusters that nobody has used for a while (`cache-clean-interval`), so that an idle image gives its
+//! caches' memory back to the system.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -7,7 +8,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use stord_aio::sync::Notify;
-use stord_aio::{spawn_local, time};
+use stord_aio::{pool, return_free_memory, spawn_local, time};
 
 use super::Image;
 
@@ -57,7 +58,35 @@ async fn clean(image: Weak<Image>, ended: Arc<Notify>, interval: Duration) {
         let Some(image) = image.upgrade().filter(|_| !is_ended) else {
             return;
         };
-        let _meta = image.meta();
-        image.slices.drop_unused();
+        let dropped = image.drop_unused();
+        drop(image);
+        if dropped >= WORTH_RETURNING {
+            pool::run(return_free_memory).await;
+        }
+    }
+}
+
+/// So many bytes, freed here and there, are worth the time it takes to hand them to the system.
+const WORTH_RETURNING: usize = 1 << 20;
+
+impl Image {
+    /// Drops what has not been used since the last call; gives about how many bytes that was.
+    fn drop_unused(&self) -> usize {
+        let slices = {
+            let mut meta = self.meta();
+            if let Some(space) = &mut meta.space {
+                space.refcounts.drop_unused();
+            }
+            self.slices.drop_unused()
+        };
+        (slices << self.options.slice_bits) + self.decompressed.drop_unused()
+    }
+
+    /// Slices of refcount blocks in memory.
+    #[cfg(test)]
+    pub(super) fn refcount_slices(&self) -> usize {
+        let meta = self.meta();
+        let space = meta.space.as_ref();
+        space.map_or(0, |space| space.refcounts.slices())
     }
 }

@@ -6,6 +6,7 @@
 //! until the space behind an entry is freed ([`Decompressed::forget`]).
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stord_aio::sync::Semaphore;
@@ -28,6 +29,7 @@ const AT_A_TIME: usize = 16;
 #[derive(Debug)]
 pub(super) struct Decompressed {
     kept: Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>,
+    used: AtomicBool,
     under_way: SingleFlight,
     places: Semaphore,
 }
@@ -36,6 +38,7 @@ impl Default for Decompressed {
     fn default() -> Self {
         Self {
             kept: Mutex::default(),
+            used: AtomicBool::new(false),
             under_way: SingleFlight::default(),
             places: Semaphore::new(AT_A_TIME),
         }
@@ -49,6 +52,7 @@ impl Decompressed {
 
     /// What is kept of a cluster, from its start on.
     fn get(&self, entry: u64) -> Option<Arc<Vec<u8>>> {
+        self.used.store(true, Ordering::Relaxed);
         let mut kept = self.lock();
         let at = kept.iter().position(|(key, _)| *key == entry)?;
         let found = kept.remove(at)?;
@@ -67,9 +71,22 @@ impl Decompressed {
         }
     }
 
+<<<<<<< HEAD
     /// Drops everything.
     pub(super) fn clear(&self) {
         self.lock().clear();
+=======
+    /// Drops everything, unless something was looked for since the last call; gives the number of bytes.
+    pub(super) fn drop_unused(&self) -> usize {
+        let mut kept = self.lock();
+        if self.used.swap(false, Ordering::Relaxed) {
+            return 0;
+        }
+        std::mem::take(&mut *kept)
+            .iter()
+            .map(|(_, content)| content.len())
+            .sum()
+>>>>>>> f9c0f20 (qcow2: cleaning frees refcounts and decompressed clusters, too)
     }
 
     /// Drops a cluster whose space is given up.

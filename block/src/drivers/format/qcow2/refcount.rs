@@ -249,6 +249,28 @@ impl Refcounts {
         }
     }
 
+    /// Drops what has not been used since the last call.
+    pub(super) fn drop_unused(&mut self) {
+        let new_blocks = &self.new_blocks;
+        let shift = self.geometry.cluster_bits - self.slice_bits;
+        self.slices.retain(|number, slice| {
+            let is_needed = slice.state != State::Clean
+                || std::mem::take(&mut slice.used)
+                // What is not in memory of a new block is zero.
+                || new_blocks.contains(&(number >> shift));
+            is_needed
+        });
+        let slices = &self.slices;
+        self.order.retain(|number| slices.contains_key(number));
+        self.slices.shrink_to_fit();
+    }
+
+    /// The number of slices in memory.
+    #[cfg(test)]
+    pub(super) fn slices(&self) -> usize {
+        self.slices.len()
+    }
+
     /// Notes that the table has moved to where it is now.
     pub(super) fn move_table(&mut self, offset: u64) {
         self.table_offset = offset;
