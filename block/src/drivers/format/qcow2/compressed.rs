@@ -71,11 +71,11 @@ impl Decompressed {
         }
     }
 
-<<<<<<< HEAD
     /// Drops everything.
     pub(super) fn clear(&self) {
         self.lock().clear();
-=======
+    }
+
     /// Drops everything, unless something was looked for since the last call; gives the number of bytes.
     pub(super) fn drop_unused(&self) -> usize {
         let mut kept = self.lock();
@@ -86,7 +86,6 @@ impl Decompressed {
             .iter()
             .map(|(_, content)| content.len())
             .sum()
->>>>>>> f9c0f20 (qcow2: cleaning frees refcounts and decompressed clusters, too)
     }
 
     /// Drops a cluster whose space is given up.

@@ -254,11 +254,10 @@ impl Refcounts {
         let new_blocks = &self.new_blocks;
         let shift = self.geometry.cluster_bits - self.slice_bits;
         self.slices.retain(|number, slice| {
-            let is_needed = slice.state != State::Clean
+            slice.state != State::Clean
                 || std::mem::take(&mut slice.used)
                 // What is not in memory of a new block is zero.
-                || new_blocks.contains(&(number >> shift));
-            is_needed
+                || new_blocks.contains(&(number >> shift))
         });
         let slices = &self.slices;
         self.order.retain(|number| slices.contains_key(number));

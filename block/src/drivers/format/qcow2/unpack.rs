@@ -99,7 +99,9 @@ mod tests {
     use super::*;
 
     fn text(len: usize) -> Vec<u8> {
-        (0..len).map(|n| (n * n / 7 % 251) as u8).collect()
+        (0..len)
+            .map(|n| u8::try_from(n * n / 7 % 251).unwrap_or(0))
+            .collect()
     }
 
     fn deflated(content: &[u8], flush: FlushCompress) -> Vec<u8> {

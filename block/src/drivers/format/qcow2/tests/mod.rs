@@ -1,12 +1,10 @@
 //! Tests of the driver over a disk in memory, and against QEMU's tools where those are installed. What fuzzing needs of them is built
 //! for that, too.
 
-<<<<<<< HEAD
 pub(crate) mod beside;
 #[cfg(test)]
-=======
 mod cleaning;
->>>>>>> f9c0f20 (qcow2: cleaning frees refcounts and decompressed clusters, too)
+#[cfg(test)]
 mod crash;
 #[cfg(test)]
 mod damage;
