@@ -15,6 +15,7 @@ mod notify;
 mod objects;
 mod pidfile;
 mod report;
+mod serve;
 mod subcommand;
 mod trace;
 mod umount;

@@ -15,6 +15,7 @@ use crate::image::snapshot::{self, SnapshotArgs};
 use crate::mount::keeper::{self, KeepArgs};
 use crate::mount::{self, MountArgs};
 use crate::report::Origin;
+use crate::serve::{self, ServeArgs};
 use crate::umount::{self, UmountArgs};
 use crate::upgrade::{self, UpgradeArgs};
 
@@ -41,6 +42,7 @@ enum Command {
     Check(CheckArgs),
     Map(MapArgs),
     Resize(ResizeArgs),
+    Serve(ServeArgs),
     Snapshot(SnapshotArgs),
 }
 
@@ -82,6 +84,16 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Command::Serve(serve_args) if serve_args.background => match daemonize::detach(argv0, args)
+        {
+            Ok(Half::Starter(status)) => status,
+            Ok(Half::Daemon(background)) => serve::run(serve_args, Some(background)),
+            Err(error) => {
+                Origin::none().error(&error);
+                ExitCode::FAILURE
+            }
+        },
+        Command::Serve(serve_args) => serve::run(serve_args, None),
         Command::Mount(mount_args) if mount_args.foreground => mount::run(mount_args, None),
         Command::Mount(mount_args) => match daemonize::detach(argv0, args) {
             Ok(Half::Starter(status)) => status,

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rand::RngExt;
 use serde_json::{Value, json};
 
 use crate::needs;
 use crate::support::daemon::Daemon;
 use crate::support::disk::MIB;
-use crate::support::model::{assert_same, noise};
+use crate::support::model::{assert_same, noise, rng};
 use crate::support::run::{Ended, limited, run, run_ok};
 use crate::support::{Qmp, Scratch, eventually, qemu};
 
@@ -730,6 +731,77 @@ fn nbdkit_passes_it_on() {
     served.daemon.stop();
 }
 
+/// Conversations of a client, each with some bytes changed.
+#[test]
+fn damaged_conversations_do_no_harm() {
+    needs!("qemu-img", "nbdinfo");
+    let served = Served::start(
+        &[],
+        ",max-connections=0,handshake-max-seconds=2",
+        ",writable=on",
+    );
+    let option = |kind: u32, data: &[u8]| {
+        let mut bytes = b"IHAVEOPT".to_vec();
+        bytes.extend(kind.to_be_bytes());
+        bytes.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
+        bytes.extend(data);
+        bytes
+    };
+    let query = [
+        &4_u32.to_be_bytes()[..],
+        b"disk",
+        &1_u32.to_be_bytes(),
+        &15_u32.to_be_bytes(),
+        b"base:allocation",
+    ]
+    .concat();
+    let go = [
+        &4_u32.to_be_bytes()[..],
+        b"disk",
+        &1_u16.to_be_bytes(),
+        &3_u16.to_be_bytes(),
+    ]
+    .concat();
+    let mut conversation = 3_u32.to_be_bytes().to_vec();
+    for bytes in [
+        option(8, &[]),
+        option(3, &[]),
+        option(10, &query),
+        option(6, &go),
+        option(7, &go),
+    ] {
+        conversation.extend(bytes);
+    }
+    let start = conversation.len();
+    for kind in [0, 1, 3, 4, 5, 6, 7] {
+        conversation.extend(request(kind, 7, 0, 4096));
+        if kind == 1 {
+            conversation.extend([3; 4096]);
+        }
+    }
+    let mut rng = rng(10);
+    for round in 0..400 {
+        let mut bytes = conversation.clone();
+        let span = if round % 2 == 0 {
+            0..start
+        } else {
+            0..bytes.len()
+        };
+        for _ in 0..rng.random_range(1..6) {
+            let at = rng.random_range(span.clone());
+            bytes[at] = rng.random();
+        }
+        let mut stream = served.connect();
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    run_ok("nbdinfo", &["--size", &served.uri()]);
+    assert!(served.daemon.memory_kib("VmRSS") < 100 * 1024);
+    served.daemon.stop();
+    qemu::assert_clean(&served.image);
+}
+
 /// Starts a server with pre-shared keys, which need no certificates, and gives the URI of the client that has one.
 fn serve_with_keys(scratch: Scratch) -> (Served, String) {
     let image = scratch.path("disk.qcow2");
@@ -792,4 +864,63 @@ fn tls_is_refused_where_there_is_none() {
     assert!(!run("nbdinfo", &[uri]).success());
     assert!(Path::new(&served.socket).exists());
     served.daemon.stop();
+}
+
+#[test]
+fn serve_prints_where_the_image_is() {
+    needs!("qemu-img", "nbdcopy");
+    let scratch = Scratch::in_memory();
+    let image = scratch.path("disk.qcow2");
+    qemu::create(&image, SIZE, "");
+    let serve = |options: &[&str]| {
+        let mut args = vec!["serve", image.to_str().unwrap()];
+        args.extend(options);
+        let mut child = Command::new(crate::support::daemon::program())
+            .args(args)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut uri = String::new();
+        let mut output = std::io::BufReader::new(child.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut output, &mut uri).unwrap();
+        (
+            Daemon::adopt(&scratch, child.id().try_into().unwrap()),
+            child,
+            uri.trim().to_owned(),
+        )
+    };
+    let (daemon, mut child, uri) = serve(&[]);
+    assert_eq!(uri, format!("nbd+unix:///?socket={}.nbd", image.display()));
+    let content = noise(9, BYTES);
+    let source = scratch.file("source", &content);
+    run_ok("nbdcopy", &[source.to_str().unwrap(), &uri]);
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(daemon.pid()),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
+    assert!(child.wait().unwrap().success());
+    drop(daemon);
+    qemu::assert_clean(&image);
+    let (daemon, mut child, uri) =
+        serve(&["--read-only", "--name", "x", "--nbd", "127.0.0.1:10899"]);
+    assert_eq!(uri, "nbd://127.0.0.1:10899/x");
+    let target = scratch.path("target");
+    run_ok("nbdcopy", &[&uri, target.to_str().unwrap()]);
+    assert_same("the copy", &fs::read(&target).unwrap(), &content);
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(daemon.pid()),
+        nix::sys::signal::Signal::SIGTERM,
+    )
+    .unwrap();
+    assert!(child.wait().unwrap().success());
+    let ended = crate::support::daemon::run_to_end(&scratch, &["serve", "missing.qcow2"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(
+        ended
+            .stderr
+            .contains("cannot open 'missing.qcow2': No such file or directory"),
+        "{}",
+        ended.stderr
+    );
 }

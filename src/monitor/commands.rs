@@ -1,7 +1,6 @@
 //! The commands that this daemon executes: each one a line of wiring to the library that does it.
 
 use std::rc::Rc;
-use std::sync::Arc;
 
 use stord_qmp::Error;
 use stord_qmp::command::Registry;

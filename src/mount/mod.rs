@@ -30,6 +30,7 @@ use clap::Args;
 use stord_qmp::Error;
 
 pub use announce::size_text;
+pub use plan::image_options;
 
 use crate::daemon::{Daemon, run_local};
 use crate::daemonize::Background;

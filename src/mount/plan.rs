@@ -73,6 +73,36 @@ impl Layout {
     }
 }
 
+/// The options by which an image is opened.
+pub fn image_options(
+    path: &str,
+    is_device: bool,
+    format: Format,
+    read_only: bool,
+) -> BlockdevOptions {
+    let file = BlockdevOptionsFile::new(path);
+    let protocol = if is_device {
+        BlockdevDriver::HostDevice(file)
+    } else {
+        BlockdevDriver::File(file)
+    };
+    let child = BlockdevRef::Definition(Box::new(node(protocol, read_only)));
+    let driver = match format {
+        Format::Raw => BlockdevDriver::Raw(BlockdevOptionsRaw::new(child)),
+        Format::Qcow2 => BlockdevDriver::Qcow2(BlockdevOptionsQcow2::new(child)),
+    };
+    node(driver, read_only)
+}
+
+/// What all nodes have: discards reach the file, so that deleting files in the image frees space.
+fn node(driver: BlockdevDriver, read_only: bool) -> BlockdevOptions {
+    BlockdevOptions {
+        read_only: Some(read_only),
+        discard: Some(BlockdevDiscardOptions::Unmap),
+        ..BlockdevOptions::new(driver)
+    }
+}
+
 /// The node with a partition.
 pub fn partition_node(number: u32) -> String {
     format!("{PARTITION_NODE}{number}")
@@ -84,22 +114,9 @@ impl Plan {
     /// # Errors
     /// It cannot be opened.
     pub async fn open_image(&self, daemon: &Daemon) -> Result<(), Error> {
-        let file = BlockdevOptionsFile::new(self.image.to_string_lossy());
-        let protocol = self.node(if self.is_device {
-            BlockdevDriver::HostDevice(file)
-        } else {
-            BlockdevDriver::File(file)
-        });
-        let child = BlockdevRef::Definition(Box::new(protocol));
-        let driver = match self.format {
-            Format::Raw => BlockdevDriver::Raw(BlockdevOptionsRaw::new(child)),
-            Format::Qcow2 => BlockdevDriver::Qcow2(BlockdevOptionsQcow2::new(child)),
-        };
-        let options = BlockdevOptions {
-            node_name: Some(IMAGE_NODE.to_owned()),
-            ..self.node(driver)
-        };
-        daemon.graph.blockdev_add(options).await
+        let path = self.image.to_string_lossy();
+        let options = image_options(&path, self.is_device, self.format, self.read_only);
+        daemon.graph.blockdev_add(options.named(IMAGE_NODE)).await
     }
 
     /// Opens a node for each partition that is shown.
@@ -114,22 +131,11 @@ impl Plan {
                 size: i64::try_from(partition.len).ok(),
                 ..BlockdevOptionsRaw::new(BlockdevRef::Reference(IMAGE_NODE.to_owned()))
             };
-            let options = BlockdevOptions {
-                node_name: Some(partition_node(partition.number)),
-                ..self.node(BlockdevDriver::Raw(raw))
-            };
+            let options = node(BlockdevDriver::Raw(raw), self.read_only);
+            let options = options.named(partition_node(partition.number));
             daemon.graph.blockdev_add(options).await?;
         }
         Ok(())
-    }
-
-    /// What all nodes have: discards reach the file, so that deleting files in the image frees space.
-    fn node(&self, driver: BlockdevDriver) -> BlockdevOptions {
-        BlockdevOptions {
-            read_only: Some(self.read_only),
-            discard: Some(BlockdevDiscardOptions::Unmap),
-            ..BlockdevOptions::new(driver)
-        }
     }
 
     /// Mounts what was opened, or goes on with a mount that another process served.

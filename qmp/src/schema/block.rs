@@ -41,6 +41,15 @@ impl BlockdevOptions {
     }
 }
 
+impl BlockdevOptions {
+    /// The same under a name.
+    #[must_use]
+    pub fn named(mut self, node_name: impl Into<String>) -> Self {
+        self.node_name = Some(node_name.into());
+        self
+    }
+}
+
 /// A driver and its own options.
 #[derive(Clone, Debug, PartialEq, Qapi)]
 #[qapi(union)]

@@ -154,7 +154,7 @@ fn decode(text: &str) -> Option<String> {
 }
 
 /// The URI of a server and an export, as `query-named-block-nodes` reports it.
-pub(super) fn of(address: &SocketAddressKind, export: &str) -> String {
+pub fn of(address: &SocketAddressKind, export: &str) -> String {
     match address {
         SocketAddressKind::Unix(unix) => format!("nbd+unix:///{export}?socket={}", unix.path),
         SocketAddressKind::Inet(InetSocketAddress { host, port, .. }) => {
