@@ -9,7 +9,7 @@ use stord_aio::{Context, ContextConfig, PollParams};
 use stord_qmp::Error;
 
 /// Exports that ask for several contexts without naming them share at most this many.
-const MAX_SHARED: usize = 4;
+const MAX_SHARED: usize = 16;
 
 /// The process's I/O contexts.
 pub struct Contexts {

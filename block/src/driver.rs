@@ -14,6 +14,7 @@
 //! - never panic on anything an image or a peer contains;
 //! - report a failure as an errno on the request, and keep its own state consistent after it.
 
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 
 use bitflags::bitflags;
@@ -158,6 +159,12 @@ pub trait Protocol: Send + Sync {
     /// Forgets what `prepare_permissions` made ready.
     fn abort_permissions(&self) {}
 
+    /// A regular file that holds the leaf's bytes one for one, opened anew for reading only, and whether it is to be read past the page
+    /// cache.
+    fn plain_file(&self) -> Option<(OwnedFd, bool)> {
+        None
+    }
+
     /// What the leaf has discarded, where it counts that.
     fn discard_counts(&self) -> Option<stord_qmp::schema::statistics::BlockStatsSpecificFile> {
         None
@@ -301,6 +308,11 @@ pub trait Format: Send + Sync {
 
     /// The guest-visible length in bytes when the node opens; the node keeps it from then on.
     fn length(&self) -> u64;
+
+    /// Whether every byte is at the same offset of the file child.
+    fn is_plain(&self) -> bool {
+        false
+    }
 
     /// Pins the space that later answers name; the result goes to `leave`.
     fn enter(&self) -> u32 {

@@ -32,6 +32,8 @@ pub use mount::{DirectoryFile, MountExport, MountLayout};
 
 /// So many contexts serve an export that names none.
 const DEFAULT_QUEUES: usize = 2;
+/// The most that can be asked for.
+const MOST_QUEUES: u16 = 64;
 /// `del` waits so long for the export's end, then leaves it to itself.
 const DELETION_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -157,7 +159,11 @@ impl ExportRegistry {
         if let BlockExportKind::Nbd(nbd) = &options.kind {
             self.check_nbd(nbd, &entry.node_name)?;
         }
-        let placement = self.place(options.iothread.as_ref())?;
+        let queues = match &options.kind {
+            BlockExportKind::Fuse(fuse) => fuse.num_queues,
+            BlockExportKind::Nbd(_) => None,
+        };
+        let placement = self.place(options.iothread.as_ref(), queues)?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
             BlockExportKind::Nbd(_) => false,
@@ -207,6 +213,7 @@ impl ExportRegistry {
             path,
             allow_other: options.allow_other.unwrap_or(FuseExportAllowOther::Auto),
             io_uring: options.io_uring.unwrap_or(OnOffAuto::Auto),
+            passthrough: options.passthrough.unwrap_or(OnOffAuto::Auto),
             contents: Contents::File(FileOptions {
                 backend: parts.backend,
                 writable: parts.writable,
@@ -221,15 +228,26 @@ impl ExportRegistry {
         Ok((Rc::new(export), ended))
     }
 
-    /// Chooses the contexts of an export.
-    fn place(&self, iothread: Option<&BlockExportIothreads>) -> Result<Placement, Error> {
+    /// Chooses the contexts of an export, one for each queue: those named, or as many as there are processors, at most the default.
+    fn place(
+        &self,
+        iothread: Option<&BlockExportIothreads>,
+        queues: Option<u16>,
+    ) -> Result<Placement, Error> {
+        if queues.is_some_and(|queues| !(1..=MOST_QUEUES).contains(&queues)) {
+            return Err(Error::generic(format!(
+                "num-queues must be between 1 and {MOST_QUEUES}"
+            )));
+        }
+        let queues = queues.map(usize::from);
         let names: &[String] = match iothread {
             None => {
-                let contexts = self.contexts.shared(DEFAULT_QUEUES).map_err(|error| {
+                let wanted = queues.unwrap_or(DEFAULT_QUEUES);
+                let contexts = self.contexts.shared(wanted).map_err(|error| {
                     Error::generic(format!("Could not start an I/O thread: {error}"))
                 })?;
                 return Ok(Placement {
-                    contexts,
+                    contexts: deal(contexts, queues),
                     iothreads: Vec::new(),
                 });
             }
@@ -255,6 +273,7 @@ impl ExportRegistry {
                 }
             }
         }
+        placement.contexts = deal(placement.contexts, queues);
         Ok(placement)
     }
 
@@ -464,4 +483,12 @@ fn is_wellformed(id: &str) -> bool {
         .next()
         .is_some_and(|first| first.is_ascii_alphabetic())
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+}
+
+/// The contexts in turn, one for each queue; one queue for each context where no number is given.
+fn deal(contexts: Vec<Context>, queues: Option<usize>) -> Vec<Context> {
+    let Some(queues) = queues else {
+        return contexts;
+    };
+    contexts.iter().cycle().take(queues).cloned().collect()
 }

@@ -168,6 +168,101 @@ fn an_open_file_survives_a_lazy_unmount_until_it_is_closed() {
 }
 
 #[test]
+fn removal_after_a_lazy_unmount_ends_those_who_have_the_file_open() {
+    mounting(async || {
+        let world = World::new().await;
+        world.image("n", MIB).await;
+        let path = world
+            .add("e", "n", json!({"passthrough": "off"}))
+            .await
+            .unwrap();
+        let file = blocking(move || {
+            let file = File::open(&path).unwrap();
+            umount2(&path, MntFlags::MNT_DETACH).unwrap();
+            file
+        })
+        .await;
+        world.registry.del("e", Safe).await.unwrap();
+        world.until_deleted(1).await;
+        world.graph.blockdev_del("n").await.unwrap();
+        let ended = blocking(move || file.read_at(&mut [0; 512], 0)).await;
+        assert!(ended.is_err());
+    });
+}
+
+#[test]
+fn any_number_of_queues_serves() {
+    mounting(async || {
+        for queues in [1, 3, 64] {
+            let world = World::new().await;
+            world.image("n", 8 * MIB).await;
+            let more = json!({"writable": true, "num-queues": queues});
+            let path = world.add("e", "n", more).await.unwrap();
+            let stop = Arc::new(AtomicBool::new(false));
+            blocking(move || {
+                let loads: Vec<_> = (0..4).map(|lane| load(&path, lane, &stop)).collect();
+                for _ in 0..10 {
+                    assert_eq!(fs::read(&path).unwrap().len(), 8 * MIB);
+                }
+                stop.store(true, Ordering::Relaxed);
+                for load in loads {
+                    assert!(load.join().unwrap().1.is_none());
+                }
+            })
+            .await;
+            world.registry.close_all().await;
+        }
+        let world = World::new().await;
+        world.image("n", MIB).await;
+        for queues in [0, 65] {
+            let refused = world.add("e", "n", json!({"num-queues": queues})).await;
+            let message = refused.unwrap_err().message;
+            assert_eq!(message, "num-queues must be between 1 and 64");
+        }
+    });
+}
+
+#[test]
+fn large_requests_beside_small_ones_find_their_data() {
+    mounting(async || {
+        let world = World::new().await;
+        world.image("n", 64 * MIB).await;
+        let path = world
+            .add("e", "n", json!({"writable": true}))
+            .await
+            .unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        blocking(move || {
+            let small: Vec<_> = (0..4).map(|lane| load(&path, lane, &stop)).collect();
+            // Enough at a time to have entries taken over by another context.
+            thread::scope(|scope| {
+                for lane in 8..24u8 {
+                    let path = &path;
+                    scope.spawn(move || {
+                        let file = File::options().read(true).write(true).open(path).unwrap();
+                        let at = u64::from(lane) * 2 * MIB as u64;
+                        let mut read = vec![0; MIB];
+                        for round in 0..8u8 {
+                            let written = vec![lane ^ round; MIB];
+                            file.write_all_at(&written, at).unwrap();
+                            file.read_exact_at(&mut read, at).unwrap();
+                            assert!(read == written, "lane {lane}, round {round}");
+                        }
+                    });
+                }
+            });
+            stop.store(true, Ordering::Relaxed);
+            for load in small {
+                let (rounds, error) = load.join().unwrap();
+                assert!(rounds > 0 && error.is_none(), "{error:?}");
+            }
+        })
+        .await;
+        world.registry.close_all().await;
+    });
+}
+
+#[test]
 fn an_export_can_lie_over_its_own_image() {
     mounting(async || {
         let world = World::new().await;

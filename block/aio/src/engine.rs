@@ -100,6 +100,13 @@ impl Engine {
         }
     }
 
+    /// Hands over what has been submitted, without looking what is done.
+    pub(crate) fn submit_now(&self) {
+        if let Engine::Ring(ring) = self {
+            ring.submit_now();
+        }
+    }
+
     /// Whether a turn may find something, told without a system call.
     pub(crate) fn has_events(&self) -> bool {
         match self {

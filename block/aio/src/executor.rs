@@ -280,6 +280,16 @@ pub fn turns() -> u64 {
     with(|local| local.turns.get())
 }
 
+/// Hands everything submitted on this context to the kernel now, not at the end of the turn.
+///
+/// # Panics
+///
+/// Outside a context or simulation.
+#[track_caller]
+pub fn submit_now() {
+    with(|local| local.engine.submit_now());
+}
+
 /// Whether everything submitted on this context is with the kernel, and everything that the kernel
 /// has completed is known here. Then an operation that has not completed is one whose memory the
 /// kernel has not filled; it does that only in the loop's next turn.

@@ -33,7 +33,7 @@ mod uring_cmd;
 
 pub use buffer::{IoBuffer, SharedMemory};
 pub use context::{Context, ContextConfig, ContextGone, MAX_CONTEXTS, add_spinner, current_index};
-pub use executor::{is_quiet, spawn_local, turns, yield_now};
+pub use executor::{is_quiet, spawn_local, submit_now, turns, yield_now};
 pub use file::{Engine, Fallocate, File};
 pub use iovec::IoVec;
 pub use join::join_all;

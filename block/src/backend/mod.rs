@@ -4,10 +4,11 @@
 //! drained section until it is zero, and requests that come meanwhile wait until the section ends (`gate`). Requests are made on an
 //! I/O context, and everything they do happens there.
 
+mod bypass;
 mod gate;
 mod statistics;
 
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ use crate::driver::{BlockStatus, ZeroFlags};
 use crate::graph::{Claim, Node, Permissions};
 use crate::io::{self, Detail, Location};
 
+pub use bypass::Bypass;
 pub(crate) use gate::Gate;
 use gate::Ticket;
 use statistics::Kind;
@@ -46,6 +48,8 @@ pub(crate) struct Root {
     /// The permissions and, in the upper byte, what is shared.
     claim: AtomicU16,
     gate: Gate,
+    /// How many read the file themselves.
+    bypasses: AtomicUsize,
     listener: Mutex<Option<Arc<dyn BackendListener>>>,
 }
 
@@ -102,6 +106,7 @@ impl Backend {
             node: ArcSwapOption::from(Some(node)),
             claim: AtomicU16::new(0),
             gate: Gate::default(),
+            bypasses: AtomicUsize::new(0),
             listener: Mutex::new(None),
         }));
         backend.0.set_claim(Claim::NONE);

@@ -23,6 +23,20 @@ struct Target {
     children: Vec<Option<Arc<Node>>>,
 }
 
+impl Target {
+    /// Whether bytes of a node that a bypass may go through will be at other places.
+    fn moves_bytes(&self) -> bool {
+        let BlockdevDriver::Raw(raw) = &self.options.driver else {
+            return false;
+        };
+        let old = self.node.children().node(FILE);
+        let new = self.children.first().and_then(Option::as_ref);
+        let keeps_file = matches!((&old, new), (Some(old), Some(new)) if Arc::ptr_eq(old, new));
+        let is_plain = raw.offset.unwrap_or(0) == 0 && raw.size.is_none();
+        !(keeps_file && is_plain)
+    }
+}
+
 /// A node that has taken another's place, and what it takes to put that one back.
 struct Replacement {
     old: Arc<Node>,
@@ -52,6 +66,11 @@ impl Graph {
             .map(|target| Arc::clone(&target.node))
             .collect();
         let _drained = self.drain(&nodes).await;
+        for target in targets.iter().filter(|target| target.moves_bytes()) {
+            for root in self.roots_above(std::slice::from_ref(&target.node)) {
+                root.check_no_bypass(&target.node)?;
+            }
+        }
         let mut replaced = Vec::new();
         let result = self.replace_all(&targets, &mut replaced).await;
         if result.is_err() {

@@ -85,6 +85,8 @@ bitflags! {
         const INIT_EXT = 1 << 30;
         /// Shared mappings of files opened with DIRECT_IO.
         const DIRECT_IO_ALLOW_MMAP = 1 << 36;
+        /// The kernel may read and write files of other file systems for us.
+        const PASSTHROUGH = 1 << 37;
         const OVER_IO_URING = 1 << 41;
     }
 }
@@ -115,6 +117,9 @@ bitflags! {
         const DIRECT_IO = 1;
         /// Writes inside the file do not exclude one another.
         const PARALLEL_DIRECT_WRITES = 1 << 6;
+        /// The file is a backing file of the connection's: it is mapped from there, and unless [`DIRECT_IO`](Self::DIRECT_IO) is set
+        /// read and written there too.
+        const PASSTHROUGH = 1 << 7;
     }
 }
 
@@ -173,7 +178,8 @@ wire! {
         max_pages: u16,
         map_alignment: u16,
         flags2: u32,
-        unused: [u32; 7],
+        max_stack_depth: u32,
+        unused: [u32; 6],
     }
 
     struct Attr[88] {
@@ -244,7 +250,19 @@ wire! {
     struct OpenOut[16] {
         fh: u64,
         open_flags: u32,
-        padding: u32,
+        backing_id: i32,
+    }
+
+    struct OpenIn[8] {
+        flags: u32,
+        open_flags: u32,
+    }
+
+    struct ReleaseIn[24] {
+        fh: u64,
+        flags: u32,
+        release_flags: u32,
+        lock_owner: u64,
     }
 
     struct ReadIn[40] {

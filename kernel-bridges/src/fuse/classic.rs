@@ -30,6 +30,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::abi::{InHeader, MAX_ARGUMENTS, NOTIFY_INVAL_INODE, NotifyInvalInodeOut, OutHeader};
 use super::buffers::{BEFORE_PAYLOAD, Buffers, RequestBuffer};
+use super::follow;
 use super::idle::IdleWatch;
 use super::request::{Reply, Request};
 use super::session::Session;
@@ -72,6 +73,8 @@ struct Incoming {
     buffer: RequestBuffer,
     unique: u64,
     node: u64,
+    /// The thread that it was made by.
+    thread: u32,
     request: Request,
 }
 
@@ -137,7 +140,19 @@ struct Pace {
     deep: bool,
     /// How often in a row the queue found too little to be of use.
     useless: u32,
+    /// Who made the last request that was answered by itself.
+    thread: u32,
     waiting: Waiting,
+}
+
+impl Pace {
+    /// Draws near to a client that has sent one request and waits for the reply.
+    fn follow(&self) {
+        if self.streak == 1 && self.thread != 0 {
+            let thread = self.thread;
+            follow::alone(thread.into(), || follow::processor_of(thread));
+        }
+    }
 }
 
 /// What one step of a queue gave.
@@ -171,6 +186,7 @@ impl Incoming {
             buffer,
             unique: header.unique,
             node: header.nodeid,
+            thread: header.pid,
             request,
         }
     }
@@ -216,6 +232,7 @@ impl Queue {
                 continue;
             }
             if step == Step::Empty {
+                pace.follow();
                 pace.streak = 0;
                 self.trim_when_idle();
                 if !is_helper && self.look(&mut pace.waiting).await {
@@ -249,6 +266,7 @@ impl Queue {
             }
         };
         pace.streak += 1;
+        pace.thread = incoming.thread;
         pace.waiting.answered(clocks);
         let behind = if pace.streak.is_multiple_of(LOOK_BEHIND) {
             self.fetch()
@@ -308,6 +326,7 @@ impl Queue {
             pace.useless += 1;
         } else {
             pace.useless = 0;
+            follow::together();
             self.session.call_help();
         }
         self.send_all(answers).await;
@@ -328,6 +347,10 @@ impl Queue {
             match self.fetch() {
                 Fetched::Request(incoming) => {
                     waiting.answered(clocks);
+                    let thread = incoming.thread;
+                    if thread != 0 {
+                        follow::alone(thread.into(), || follow::processor_of(thread));
+                    }
                     if let Some(answer) = self.handle(incoming) {
                         self.send(answer);
                     }
@@ -391,6 +414,7 @@ impl Queue {
             unique,
             node,
             request,
+            ..
         } = incoming;
         let file_system = &self.session.file_system;
         if let Some(reply) = file_system.try_handle(node, &request, buffer.payload()) {

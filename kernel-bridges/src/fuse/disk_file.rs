@@ -3,14 +3,16 @@
 //! Rules: a read ends at the image's end; a write past the end makes a growable export longer first, and is cut off there, or fails
 //! if it begins there, in any other. O_TRUNC does not truncate, so that a program that "creates" the file does not empty the disk.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use stord_aio::sync::Mutex;
 use stord_aio::{Errno, IoBuffer, IoVec};
 use stord_block::{Backend, ZeroFlags};
 
-use super::abi::{Attr, AttrOut, OpenFlags, OpenOut, SetattrValid, StatfsOut, WriteOut};
+use super::abi::{Attr, AttrOut, SetattrValid, StatfsOut, WriteOut};
 use super::attributes::Attributes;
+use super::passthrough::{BackingDevice, Passthrough};
 use super::request::{Reply, Request, Setattr};
 use super::resize::Resizer;
 
@@ -42,7 +44,7 @@ pub(super) struct DiskFile {
     pub(super) backend: Backend,
     pub(super) attributes: Attributes,
     presentation: Presentation,
-    open_flags: OpenFlags,
+    passthrough: Passthrough,
     /// One change of the length at a time.
     resizer: Mutex<Resizer>,
     /// Something was written since the last flush.
@@ -75,7 +77,7 @@ impl DiskFile {
             backend,
             attributes: Attributes::of_file(presentation.writable, presentation.allow_other),
             presentation,
-            open_flags: OpenFlags::DIRECT_IO | OpenFlags::PARALLEL_DIRECT_WRITES,
+            passthrough: Passthrough::default(),
             resizer: Mutex::new(resizer),
             dirty: AtomicBool::new(false),
             stale: AtomicBool::new(false),
@@ -88,10 +90,11 @@ impl DiskFile {
         match *request {
             Request::Read { offset, size } => self.try_read(offset, size, payload),
             Request::Write { offset, size } => self.try_write(offset, size, payload),
-            Request::Open => Some(Reply::of(&OpenOut {
-                open_flags: self.open_flags.bits(),
-                ..OpenOut::default()
-            })),
+            Request::Open { flags } => Some(self.open(flags).into()),
+            Request::Close { handle } => {
+                self.passthrough.close(handle);
+                Some(Reply::Done)
+            }
             Request::Flush if !self.dirty.load(Ordering::Acquire) => Some(Reply::Done),
             Request::Statfs => Some(self.statfs()),
             Request::Ioctl { command } => Some(self.ioctl(command).into()),
@@ -130,7 +133,8 @@ impl DiskFile {
             } => self.fallocate(offset, length, mode).await,
             Request::Lseek { offset, whence } => self.lseek(offset, whence).await,
             // These do not come here: they have been answered.
-            Request::Open
+            Request::Open { .. }
+            | Request::Close { .. }
             | Request::Release
             | Request::CopyFileRange(_)
             | Request::Ioctl { .. }
@@ -144,6 +148,23 @@ impl DiskFile {
             | Request::Unknown => Err(Errno::ENOSYS),
         };
         result.into()
+    }
+
+    /// Lets the kernel read the image's file by itself where it can.
+    pub(super) fn with_passthrough(mut self, device: Arc<BackingDevice>) -> Self {
+        self.passthrough = Passthrough::new(Some(device));
+        self
+    }
+
+    /// Whether the kernel reads the image's file by itself.
+    pub(super) fn is_read_past_us(&self) -> bool {
+        self.passthrough.is_on()
+    }
+
+    fn open(&self, flags: u32) -> Result<Reply, Errno> {
+        let writable = self.presentation.writable;
+        let opened = self.passthrough.open(flags, &self.backend, writable)?;
+        Ok(Reply::of(&opened))
     }
 
     /// Where a READ puts its bytes: cut off at the image's end. `None` when nothing is left.

@@ -6,12 +6,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::unistd::geteuid;
 use stord_aio::sync::mpsc;
 use stord_aio::{Context, pool};
 use stord_block::Backend;
@@ -30,7 +31,9 @@ use super::directory::Directory;
 use super::disk_file::{DiskFile, Presentation};
 use super::file_system::FileSystem;
 use super::init::Proposal;
+use super::kernel;
 use super::mount::{Mount, MountError, Mounted, Options, clear_dead};
+use super::passthrough::BackingDevice;
 use super::queues::{clone_devices, serve_classic, serve_io_uring};
 use super::resize::{ResizeRequest, Resizer};
 use super::session::Session;
@@ -41,6 +44,9 @@ const UNMOUNT_PATIENCE: Duration = Duration::from_secs(5);
 /// This environment variable, set to `classic`, makes `io-uring=auto` mean `off`: for tests and comparisons.
 const TRANSPORT: &str = "STORD_FUSE_TRANSPORT";
 
+/// Likewise, `on` or `off` for `passthrough=auto`.
+const PASSTHROUGH: &str = "STORD_FUSE_PASSTHROUGH";
+
 /// What a FUSE export is to be.
 pub(crate) struct FuseOptions {
     /// What to mount over; see [`check_mountpoint`].
@@ -48,6 +54,8 @@ pub(crate) struct FuseOptions {
     pub(crate) allow_other: FuseExportAllowOther,
     /// Whether requests come through io_uring.
     pub(crate) io_uring: OnOffAuto,
+    /// Whether the kernel reads image files by itself where it can: `Auto` where the export is read-only.
+    pub(crate) passthrough: OnOffAuto,
     pub(crate) contents: Contents,
 }
 
@@ -76,13 +84,25 @@ impl Contents {
         matches!(self, Self::Directory(_))
     }
 
-    fn file_system(&self, allow_other: bool) -> FileSystem {
+    /// The files, some of which the kernel may read past us.
+    fn file_system(
+        &self,
+        allow_other: bool,
+        passthrough: impl Fn(&FileOptions) -> Option<Arc<BackingDevice>>,
+    ) -> FileSystem {
+        let disk_file = |node, file: &FileOptions| {
+            let disk_file = file.disk_file(node, allow_other);
+            match passthrough(file) {
+                Some(device) => disk_file.with_passthrough(device),
+                None => disk_file,
+            }
+        };
         match self {
-            Self::File(file) => FileSystem::of_file(file.disk_file(ROOT_ID, allow_other)),
+            Self::File(file) => FileSystem::of_file(disk_file(ROOT_ID, file)),
             Self::Directory(entries) => {
                 let names = entries.iter().map(|(name, _)| name.clone()).collect();
                 let files = (Directory::FIRST_FILE..).zip(entries);
-                let files = files.map(|(node, (_, file))| file.disk_file(node, allow_other));
+                let files = files.map(|(node, (_, file))| disk_file(node, file));
                 FileSystem::of_directory(Directory::new(names, allow_other), files.collect())
             }
         }
@@ -104,6 +124,16 @@ impl FileOptions {
     }
 }
 
+impl FuseOptions {
+    fn preferred_passthrough(&self) -> OnOffAuto {
+        match (self.passthrough, std::env::var(PASSTHROUGH).as_deref()) {
+            (OnOffAuto::Auto, Ok("on")) => OnOffAuto::On,
+            (OnOffAuto::Auto, Ok("off")) => OnOffAuto::Off,
+            (passthrough, _) => passthrough,
+        }
+    }
+}
+
 /// A mounted FUSE export.
 pub(crate) struct FuseExport {
     session: Arc<Session>,
@@ -116,6 +146,8 @@ pub(crate) struct FuseExport {
     kept: RefCell<Vec<OwnedFd>>,
     /// Another process serves the mount from now on.
     left: Cell<bool>,
+    /// The connection, for passthrough.
+    backing: Option<Arc<BackingDevice>>,
 }
 
 /// Why an export could not be started.
@@ -198,6 +230,9 @@ impl FuseExport {
         options: &FuseOptions,
         contexts: &[Context],
     ) -> Result<(Self, Ended), Error> {
+        if options.passthrough == OnOffAuto::On && !geteuid().is_root() {
+            return Err(no_passthrough());
+        }
         let has_rings = contexts.iter().all(Context::uses_ring);
         if options.io_uring == OnOffAuto::On && !has_rings {
             return Err(no_io_uring());
@@ -241,9 +276,15 @@ impl FuseExport {
         } = mounted;
         tracing::debug!(path = %options.path.display(), ?flags, allow_other, "FUSE connection");
         let io_uring = flags.contains(InitFlags::OVER_IO_URING);
-        let file_system = options.contents.file_system(allow_other);
+        let backing = backing_device(options, &device, flags).map_err(Failure::Other);
+        let passthrough = options.preferred_passthrough();
+        let may_pass = |file: &FileOptions| !file.writable || passthrough == OnOffAuto::On;
+        let file_system = options.contents.file_system(allow_other, |file| {
+            let device = backing.as_ref().ok()?.as_ref()?;
+            may_pass(file).then(|| Arc::clone(device))
+        });
         own_mounts::add(mount.device_number());
-        let (served, (export, ended)) = if io_uring {
+        let (served, (mut export, ended)) = if io_uring {
             let session = Session::new(file_system, 1);
             let (served, ended) = serve_io_uring(device, contexts, &session).await;
             let export = Self {
@@ -253,6 +294,7 @@ impl FuseExport {
                 allow_other,
                 kept: RefCell::default(),
                 left: Cell::new(false),
+                backing: None,
             };
             (served.map_err(Failure::Ring), (export, ended))
         } else {
@@ -260,6 +302,10 @@ impl FuseExport {
             let started = Self::serve(devices, mount, allow_other, file_system, contexts);
             (Ok(()), started)
         };
+        let served = served.and_then(|()| {
+            export.backing = backing?;
+            Ok(())
+        });
         let lacks_ring = !io_uring && options.io_uring == OnOffAuto::On;
         let attached = match served {
             Ok(()) if lacks_ring => Err(Failure::Ring(Errno::EOPNOTSUPP)),
@@ -301,6 +347,7 @@ impl FuseExport {
             // Without them, the mount cannot be handed over.
             kept: RefCell::new(kept.unwrap_or_default()),
             left: Cell::new(false),
+            backing: None,
         };
         (export, ended)
     }
@@ -315,7 +362,8 @@ impl FuseExport {
         contexts: &[Context],
     ) -> Result<(Self, Ended), Error> {
         let (mount, allow_other) = (connection.mount.clone(), connection.allow_other);
-        let file_system = contents.file_system(allow_other);
+        // Files that are open in passthrough now stay so.
+        let file_system = contents.file_system(allow_other, |_| None);
         file_system.take_over(&connection.attributes);
         let devices = connection.resend(contexts.len()).map_err(|errno| {
             Error::os("Failed to take over the FUSE mount", errno)
@@ -332,14 +380,27 @@ impl FuseExport {
         ))
     }
 
-    async fn unmount(&self, abort: bool) {
+    /// Closes the descriptor that would keep the connection alive when the queues have closed theirs.
+    fn let_go(&self) {
+        if let Some(backing) = &self.backing {
+            backing.close();
+        }
+    }
+
+    /// False when the file system was not at its path any more.
+    async fn unmount(&self, abort: bool) -> bool {
         let mount = self.mount.clone();
-        pool::run(move || mount.unmount(abort)).await;
+        pool::run(move || mount.unmount(abort)).await
     }
 }
 
 impl Export for FuseExport {
     fn connection(&self) -> Option<Connection> {
+        let files = self.session.file_system.files();
+        if files.iter().any(DiskFile::is_read_past_us) {
+            // The kernel would refuse to open them in any other way.
+            return None;
+        }
         let kept = self.kept.borrow();
         let devices: io::Result<Vec<OwnedFd>> = kept.iter().map(OwnedFd::try_clone).collect();
         let devices = devices.ok().filter(|devices| !devices.is_empty())?;
@@ -367,10 +428,14 @@ impl Export for FuseExport {
             let unmounted = tokio::time::timeout(UNMOUNT_PATIENCE, unmounting).await;
             self.kept.take();
             self.session.stop();
+            self.let_go();
             if unmounted.is_err() {
                 tracing::warn!("unmounting takes long, ending the connection");
-                let mount = self.mount.clone();
-                pool::run(move || mount.abort()).await;
+            }
+            // Entries of io_uring end with the connection only, which users keep alive that have the file open still.
+            if unmounted.is_err() || (unmounted == Ok(false) && self.io_uring) {
+                let (mount, session) = (self.mount.clone(), Arc::clone(&self.session));
+                pool::run(move || mount.abort(|| session.is_closed())).await;
             }
         })
     }
@@ -378,6 +443,7 @@ impl Export for FuseExport {
     fn finish(&self) -> LocalFuture<'_> {
         Box::pin(async {
             self.kept.take();
+            self.let_go();
             // Where the connection was aborted, the dead mount is still there.
             if !self.left.get() {
                 self.unmount(false).await;
@@ -392,6 +458,7 @@ async fn set_up(options: &FuseOptions, io_uring: bool) -> Result<(Mounted, bool)
     let proposal = Proposal {
         max_transfer: u32::try_from(MAX_PAYLOAD).expect("1 MiB"),
         io_uring,
+        passthrough: options.preferred_passthrough() != OnOffAuto::Off && geteuid().is_root(),
     };
     let try_with = |allow_other| {
         let path = options.path.clone();
@@ -414,6 +481,32 @@ async fn set_up(options: &FuseOptions, io_uring: bool) -> Result<(Mounted, bool)
         },
     };
     mounted.map_err(cannot_mount)
+}
+
+/// What tells the kernel of image files, where it takes that.
+fn backing_device(
+    options: &FuseOptions,
+    device: &OwnedFd,
+    flags: InitFlags,
+) -> Result<Option<Arc<BackingDevice>>, Error> {
+    let is_demanded = options.passthrough == OnOffAuto::On;
+    if !flags.contains(InitFlags::PASSTHROUGH) {
+        return if is_demanded {
+            Err(no_passthrough())
+        } else {
+            Ok(None)
+        };
+    }
+    match kernel::clone_device(device.as_fd()) {
+        Ok(clone) => Ok(Some(BackingDevice::new(clone))),
+        Err(errno) if is_demanded => Err(no_passthrough().with_source(errno)),
+        Err(_) => Ok(None),
+    }
+}
+
+fn no_passthrough() -> Error {
+    Error::generic("FUSE passthrough is not available")
+        .with_hint("it needs Linux 6.9 or newer, built with CONFIG_FUSE_PASSTHROUGH, and root")
 }
 
 fn no_io_uring() -> Error {

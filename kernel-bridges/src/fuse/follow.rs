@@ -8,14 +8,18 @@
 //! The thread never leaves the processors that it was allowed when it was brought to one; whoever changes that meanwhile is obeyed.
 
 use std::cell::RefCell;
+use std::fs;
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 /// So many requests in a row, one at a time and from one client, bring the thread to it.
 const BRING: u32 = 32;
+/// So many requests later it is looked where the client is now.
+const LOOK_AGAIN: u32 = 512;
 /// So many more requests that come together than alone set it free, and so many from other clients.
 const FREE: u32 = 16;
+const OTHERS: u32 = 64;
 
 thread_local! {
     static FOLLOWER: RefCell<Follower<Threads>> = RefCell::default();
@@ -24,6 +28,14 @@ thread_local! {
 /// Notes a request that came alone, from the client known as `who`, which runs on the processor that `cpu` tells.
 pub(super) fn alone(who: u64, cpu: impl FnOnce() -> Option<usize>) {
     FOLLOWER.with_borrow_mut(|follower| follower.alone(who, cpu));
+}
+
+/// The processor that a thread runs on, or ran on last.
+pub(super) fn processor_of(thread: u32) -> Option<usize> {
+    let status = fs::read_to_string(format!("/proc/{thread}/stat")).ok()?;
+    // The name before may hold anything.
+    let (_, fields) = status.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(36)?.parse().ok()
 }
 
 /// Notes a request that came together with others.
@@ -62,7 +74,8 @@ impl<P: Processors> Follower<P> {
             self.streak = 0;
         }
         self.streak += 1;
-        if self.streak >= BRING {
+        let patience = if self.at.is_some() { LOOK_AGAIN } else { BRING };
+        if self.streak >= patience {
             self.streak = 0;
             self.follow(who, cpu);
         }
@@ -71,7 +84,7 @@ impl<P: Processors> Follower<P> {
                 self.others = 0;
             } else {
                 self.others += 1;
-                if self.others >= 2 * BRING {
+                if self.others >= OTHERS {
                     self.free();
                 }
             }
@@ -182,10 +195,10 @@ mod tests {
         assert_eq!(follower.processors.0, []);
         send(&mut follower, 1, 3, 1000);
         assert_eq!(follower.processors.0, [Some(3)]);
-        send(&mut follower, 1, 5, BRING);
+        send(&mut follower, 1, 5, LOOK_AGAIN);
         assert_eq!(follower.processors.0, [Some(3), None, Some(5)]);
-        send(&mut follower, 2, 5, 1000);
-        assert_eq!(follower.processors.0.len(), 3);
+        send(&mut follower, 2, 5, OTHERS + BRING);
+        assert_eq!(follower.processors.0[3..], [None, Some(5)]);
     }
 
     #[test]
@@ -222,7 +235,7 @@ mod tests {
         }
         assert_eq!(follower.processors.0, []);
         send(&mut follower, 1, 3, BRING);
-        for _ in 0..2 * BRING {
+        for _ in 0..OTHERS {
             send(&mut follower, 2, 4, 1);
             send(&mut follower, 3, 5, 1);
         }
@@ -236,6 +249,13 @@ mod tests {
         assert_eq!(follower.processors.0, []);
         follower.together();
         assert_eq!(follower.processors.0, []);
+    }
+
+    #[test]
+    fn the_processor_of_a_thread_is_found() {
+        let cpu = processor_of(std::process::id()).expect("the thread exists");
+        assert!(cpu < CpuSet::count());
+        assert_eq!(processor_of(u32::MAX), None);
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) struct Proposal {
     pub(super) max_transfer: u32,
     /// Requests go through io_uring, if the kernel offers that. Having agreed, it holds all requests back until every queue is there.
     pub(super) io_uring: bool,
+    /// The kernel may read image files by itself.
+    pub(super) passthrough: bool,
 }
 
 /// Reads the INIT request and answers it; gives what both sides can do. Blocks until the request is there.
@@ -75,6 +77,7 @@ fn negotiate(kernel: &InitIn, proposal: Proposal) -> Option<(InitOut, InitFlags)
         | InitFlags::INIT_EXT
         | InitFlags::DIRECT_IO_ALLOW_MMAP;
     wanted.set(InitFlags::OVER_IO_URING, proposal.io_uring);
+    wanted.set(InitFlags::PASSTHROUGH, proposal.passthrough);
     let max_transfer = proposal.max_transfer;
     let flags = InitFlags::from_bits_truncate(offered) & wanted;
     if !flags.contains(NEEDED) {
@@ -94,6 +97,8 @@ fn negotiate(kernel: &InitIn, proposal: Proposal) -> Option<(InitOut, InitFlags)
         max_write: max_transfer,
         time_gran: 1,
         max_pages: u16::try_from(max_transfer / PAGE).ok()?,
+        // Image files lie on file systems that lie on no other.
+        max_stack_depth: u32::from(flags.contains(InitFlags::PASSTHROUGH)),
         ..InitOut::default()
     };
     Some((reply, flags))
@@ -106,6 +111,7 @@ mod tests {
     const CLASSIC: Proposal = Proposal {
         max_transfer: 1 << 20,
         io_uring: false,
+        passthrough: false,
     };
 
     fn kernel(minor: u32, flags: InitFlags) -> InitIn {

@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{OFlag, open, openat};
 use nix::libc;
 use nix::sys::stat::Mode;
 
@@ -36,6 +36,48 @@ nix::ioctl_read!(
     u32
 );
 
+/// `struct fuse_backing_map`.
+#[repr(C)]
+pub struct BackingMap {
+    fd: i32,
+    flags: u32,
+    padding: u64,
+}
+
+nix::ioctl_write_ptr!(
+    /// Makes a file known to a connection, as one that the kernel may read and write for it.
+    fuse_dev_ioc_backing_open,
+    229,
+    1,
+    BackingMap
+);
+
+nix::ioctl_write_ptr!(
+    /// Takes that back, but for files that are open.
+    fuse_dev_ioc_backing_close,
+    229,
+    2,
+    u32
+);
+
+/// Makes a file known to the connection of `device`, and gives the number by which it goes there.
+pub(super) fn open_backing(device: BorrowedFd<'_>, file: BorrowedFd<'_>) -> Result<i32, Errno> {
+    let map = BackingMap {
+        fd: file.as_raw_fd(),
+        flags: 0,
+        padding: 0,
+    };
+    // SAFETY: the ioctl reads the one structure, which lives across the call.
+    unsafe { fuse_dev_ioc_backing_open(device.as_raw_fd(), &raw const map) }
+}
+
+/// Forgets a file made known by [`open_backing`].
+pub(super) fn close_backing(device: BorrowedFd<'_>, id: i32) -> Result<(), Errno> {
+    let id = u32::try_from(id).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: the ioctl reads one u32, which lives across the call.
+    unsafe { fuse_dev_ioc_backing_close(device.as_raw_fd(), &raw const id) }.map(drop)
+}
+
 /// Opens the FUSE device.
 pub(super) fn open_device() -> Result<OwnedFd, Errno> {
     open("/dev/fuse", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
@@ -54,10 +96,10 @@ pub(super) fn clone_device(device: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
 pub(super) struct FsContext(OwnedFd);
 
 impl FsContext {
-    /// Starts to set up a FUSE file system. `ENOSYS` before Linux 5.2.
-    pub(super) fn open() -> Result<Self, Errno> {
+    /// Starts to set up a file system of the type `name`. `ENOSYS` before Linux 5.2.
+    pub(super) fn open(name: &CStr) -> Result<Self, Errno> {
         // SAFETY: the name is a C string.
-        let fd = unsafe { libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), FSOPEN_CLOEXEC) };
+        let fd = unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), FSOPEN_CLOEXEC) };
         Ok(Self(owned(fd)?))
     }
 
@@ -106,6 +148,26 @@ impl FsContext {
             )
         };
         Errno::result(result).map(drop)
+    }
+}
+
+/// What ends the connection of the file system on the device with this minor number, when `1` is written to it. It concerns that
+/// connection even if another one gets the number meanwhile.
+pub(super) fn connection_end(minor: u64) -> Result<OwnedFd, Errno> {
+    let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+    let usual = format!("/sys/fs/fuse/connections/{minor}/abort");
+    match open(usual.as_str(), flags, Mode::empty()) {
+        // Not every system has it mounted there, and a file system that nobody sees will do.
+        Err(Errno::ENOENT) => {
+            let connections = FsContext::open(c"fusectl")?.create()?;
+            openat(
+                connections,
+                format!("{minor}/abort").as_str(),
+                flags,
+                Mode::empty(),
+            )
+        }
+        opened => opened,
     }
 }
 

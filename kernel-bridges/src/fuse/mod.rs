@@ -27,6 +27,7 @@ mod idle;
 mod init;
 mod kernel;
 mod mount;
+mod passthrough;
 mod queues;
 mod request;
 mod resize;

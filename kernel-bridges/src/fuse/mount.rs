@@ -22,7 +22,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
 };
-use nix::unistd::{getegid, geteuid};
+use nix::unistd::{getegid, geteuid, write};
 
 use super::abi::InitFlags;
 use super::init::{self, Proposal};
@@ -156,12 +156,14 @@ impl Mount {
     /// Takes the file system away from its path, even while it is in use. Blocks as long as the kernel has something to write back.
     ///
     /// The connection lives on until its last user has gone, unless `abort` ends it for them.
-    pub(super) fn unmount(&self, abort: bool) {
+    /// False when the file system was not there any more.
+    pub(super) fn unmount(&self, abort: bool) -> bool {
         if !self.is_at_path() {
-            return;
+            return false;
         }
         if self.by_helper {
-            return unmount_by_helper(&self.path);
+            unmount_by_helper(&self.path);
+            return true;
         }
         let in_use = if abort {
             MntFlags::MNT_DETACH | MntFlags::MNT_FORCE
@@ -175,13 +177,14 @@ impl Mount {
         if let Err(errno) = unmounted {
             tracing::warn!(path = %self.path.display(), %errno, "cannot unmount");
         }
+        true
     }
 
-    /// Ends the connection, whoever uses it, as far as the system lets us.
-    pub(super) fn abort(&self) {
-        let number = nix::libc::minor(self.device_number);
-        let control = format!("/sys/fs/fuse/connections/{number}/abort");
-        if fs::write(control, "1").is_err() && self.is_at_path() {
+    /// Ends the connection, whoever uses it, as far as the system lets us, unless it `is_over`: then its number may be another's.
+    pub(super) fn abort(&self, is_over: impl Fn() -> bool) {
+        let aborted = kernel::connection_end(nix::libc::minor(self.device_number).into())
+            .and_then(|end| if is_over() { Ok(0) } else { write(&end, b"1") });
+        if aborted.is_err() && self.is_at_path() {
             let flags = MntFlags::MNT_DETACH | MntFlags::MNT_FORCE;
             if let Err(errno) = umount2(&self.path, flags) {
                 tracing::warn!(path = %self.path.display(), %errno, "cannot end the FUSE connection");
@@ -238,7 +241,7 @@ fn unattached(path: &Path, options: Options) -> Result<Mounted, MountError> {
 }
 
 fn set_up(device: &OwnedFd, options: Options) -> Result<(OwnedFd, InitFlags), Errno> {
-    let context = FsContext::open()?;
+    let context = FsContext::open(c"fuse")?;
     context.set(c"source", &c_text(SOURCE)?)?;
     for (key, value) in values(device.as_fd(), options) {
         context.set(&c_text(key)?, &c_text(&value)?)?;

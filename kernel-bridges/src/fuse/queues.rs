@@ -59,12 +59,22 @@ pub(super) async fn serve_io_uring(
     contexts: &[Context],
     session: &Arc<Session>,
 ) -> (Result<(), Errno>, Ended) {
+    // The kernel says how many queues there are: a context has one share of them.
+    let mut distinct: Vec<Context> = Vec::new();
+    for context in contexts {
+        if distinct
+            .iter()
+            .all(|known| known.index() != context.index())
+        {
+            distinct.push(context.clone());
+        }
+    }
     let mut result = Ok(());
     let mut queues = Vec::new();
     match uring::queue_count() {
         Err(errno) => result = Err(errno),
         Ok(count) => {
-            for registered in register(&device, contexts, session, count, &mut queues) {
+            for registered in register(&device, &distinct, session, count, &mut queues) {
                 // Without an answer, the context has gone, or there was no descriptor for it.
                 let registered = registered.await.unwrap_or(Err(Errno::ENODEV));
                 result = result.and(registered);

@@ -6,8 +6,8 @@ use stord_aio::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::abi::{
-    CopyFileRangeIn, FallocateIn, IoctlIn, LseekIn, MAX_ARGUMENTS, ReadIn, SetattrIn, SetattrValid,
-    WriteIn, opcode,
+    CopyFileRangeIn, FallocateIn, IoctlIn, LseekIn, MAX_ARGUMENTS, OpenIn, ReadIn, ReleaseIn,
+    SetattrIn, SetattrValid, WriteIn, opcode,
 };
 
 /// No file of ours has a longer name than this many bytes.
@@ -28,7 +28,15 @@ pub(super) enum Request {
     },
     Getattr,
     Setattr(Setattr),
-    Open,
+    Open {
+        /// As in open(2).
+        flags: u32,
+    },
+    /// The last descriptor of an open file was closed.
+    Close {
+        /// What OPEN was answered with.
+        handle: u64,
+    },
     /// Nothing to do, and success is the reply.
     Release,
     /// A descriptor of the file was closed.
@@ -142,8 +150,15 @@ impl Request {
                     values,
                 })
             }
-            opcode::OPEN => Self::Open,
-            opcode::RELEASE | opcode::RELEASEDIR | opcode::DESTROY => Self::Release,
+            opcode::OPEN => {
+                let open: OpenIn = front(arguments);
+                Self::Open { flags: open.flags }
+            }
+            opcode::RELEASE => {
+                let release: ReleaseIn = front(arguments);
+                Self::Close { handle: release.fh }
+            }
+            opcode::RELEASEDIR | opcode::DESTROY => Self::Release,
             opcode::FLUSH => Self::Flush,
             opcode::FSYNC | opcode::FSYNCDIR => Self::Fsync,
             opcode::FALLOCATE => {

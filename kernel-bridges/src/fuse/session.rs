@@ -14,6 +14,8 @@ use super::file_system::FileSystem;
 pub(super) struct Session {
     pub(super) file_system: FileSystem,
     stopping: AtomicBool,
+    /// The connection has ended.
+    closed: AtomicBool,
     /// Drained sections that are on.
     held: AtomicUsize,
     /// The kernel has attributes of some file that are out of date.
@@ -36,6 +38,7 @@ impl Session {
         let session = Arc::new(Self {
             file_system,
             stopping: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             held: AtomicUsize::new(0),
             stale: AtomicBool::new(false),
             notices: (0..queues).map(|_| Notice::default()).collect(),
@@ -58,6 +61,15 @@ impl Session {
 
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Notes that the kernel has ended the connection.
+    pub(super) fn note_closed(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Whether a drained section is on.

@@ -25,9 +25,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 
 use stord_aio::sync::{mpsc, oneshot};
-use stord_aio::{Errno, UringCmd, is_quiet, spawn_local, turns, yield_now};
+use stord_aio::{Errno, UringCmd, is_quiet, spawn_local, submit_now, turns, yield_now};
 
-use super::abi::{InHeader, OutHeader};
+use super::abi::{InHeader, OutHeader, opcode};
 use super::buffers::MAX_PAYLOAD;
 use super::follow;
 use super::idle::IdleWatch;
@@ -36,8 +36,8 @@ use super::ring_entry::{EntryParts, RingEntry};
 use super::session::Session;
 
 /// Entries that a queue begins with, that it gets at a time, and that it has at most.
-const ENTRIES: usize = 8;
-const MORE_ENTRIES: usize = 8;
+const ENTRIES: usize = 12;
+const MORE_ENTRIES: usize = 12;
 const MOST_ENTRIES: usize = 64;
 /// A queue with so many bytes of payload under way gets no more entries.
 const ENOUGH_BYTES: usize = 2 << 20;
@@ -164,6 +164,7 @@ impl Common {
 
     fn entry_ended(&self) {
         if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.session.note_closed();
             for place in &self.places {
                 self.tell(place, Message::End);
             }
@@ -311,6 +312,10 @@ impl Share {
             let Some(committed) = entry.commit() else {
                 unreachable!("an entry is on a context with a ring");
             };
+            if touched >= LARGE as usize {
+                // While the payload is in the processor's cache.
+                submit_now();
+            }
             if touched > KEPT && trim.is_none() {
                 trim = Some(self.note_swollen());
             }
@@ -444,7 +449,13 @@ impl Share {
 
 impl Incoming {
     fn read(entry: &mut RingEntry) -> Self {
-        let (header, arguments, payload) = entry.request();
+        let (header, mut arguments, payload) = entry.request();
+        if header.opcode == opcode::LOOKUP {
+            // A name without a structure before it comes as payload.
+            let length = arguments.len().min(payload as usize);
+            arguments.fill(0);
+            entry.payload().read_at(0, &mut arguments[..length]);
+        }
         let mut request = Request::parse(header.opcode, &arguments);
         if matches!(request, Request::Write { .. }) && request.payload() > payload {
             request = Request::Malformed;

@@ -88,7 +88,7 @@ impl ExportRegistry {
         connection: Option<Connection>,
     ) -> Result<(), Error> {
         self.check_mountpoint_is_free(entry)?;
-        let placement = self.place(None)?;
+        let placement = self.place(None, None)?;
         let mut backends = Vec::new();
         let started = async {
             for node_name in options.layout.nodes() {
@@ -194,6 +194,7 @@ async fn start(
         path: check_mountpoint(&options.mountpoint, directory).await?,
         allow_other: FuseExportAllowOther::Auto,
         io_uring: options.io_uring,
+        passthrough: OnOffAuto::Auto,
         contents,
     };
     FuseExport::start(&options, &placement.contexts).await

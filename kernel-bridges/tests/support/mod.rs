@@ -1,9 +1,11 @@
 //! What tests of exports share: a daemon without its monitor, and where it can mount.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs::{self, File};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::thread;
 
 use nix::mount::{MntFlags, umount2};
 use nix::unistd::geteuid;
@@ -80,6 +82,7 @@ impl World {
         more: Value,
     ) -> Result<(), Error> {
         let mut options = json!({"type": "fuse", "id": id, "node-name": node, "mountpoint": path});
+        options["io-uring"] = IO_URING.get().into();
         for (name, value) in more.as_object().unwrap() {
             options[name] = value.clone();
         }
@@ -107,8 +110,19 @@ impl Drop for World {
     }
 }
 
-/// Runs a test that mounts, unless it may not.
-pub fn mounting<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
+thread_local! {
+    /// What `io-uring` is for the exports of the running test.
+    static IO_URING: Cell<&'static str> = const { Cell::new("off") };
+}
+
+/// Whether the kernel offers FUSE over io_uring.
+pub fn has_io_uring() -> bool {
+    let enabled = fs::read_to_string("/sys/module/fuse/parameters/enable_uring");
+    enabled.is_ok_and(|enabled| enabled.trim() == "Y")
+}
+
+/// Runs a test that mounts, over each transport that the kernel has, unless it may not.
+pub fn mounting<F: Future<Output = ()>>(test: impl Fn() -> F + Sync) {
     if !geteuid().is_root() || !Path::new("/dev/fuse").exists() {
         assert!(
             std::env::var_os("CI").is_none(),
@@ -117,11 +131,30 @@ pub fn mounting<F: Future<Output = ()>>(test: impl FnOnce() -> F) {
         eprintln!("SKIPPED: needs root and /dev/fuse");
         return;
     }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    LocalSet::new().block_on(&runtime, test());
+    let mut transports = vec!["off"];
+    if has_io_uring() {
+        transports.push("on");
+    } else {
+        eprintln!("SKIPPED over io_uring: needs Linux 6.14 and fuse.enable_uring");
+    }
+    for io_uring in transports {
+        let run = || {
+            IO_URING.set(io_uring);
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            LocalSet::new().block_on(&runtime, test());
+        };
+        // The futures of a debug build need more stack than a test has.
+        let ended = thread::scope(|scope| {
+            let thread = thread::Builder::new().stack_size(16 * MIB);
+            thread.spawn_scoped(scope, run).unwrap().join()
+        });
+        if let Err(panic) = ended {
+            resume_unwind(panic);
+        }
+    }
 }
 
 /// Runs what blocks on a file of ours on another thread than the exports' control thread.

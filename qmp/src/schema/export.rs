@@ -83,6 +83,11 @@ pub struct BlockExportOptionsFuse {
     pub allow_other: Option<FuseExportAllowOther>,
     /// Whether the kernel sends requests through io_uring; default `auto`, where it offers that.
     pub io_uring: Option<OnOffAuto>,
+    /// How many queues serve the export, 1 to 64; default one for each iothread, or two.
+    pub num_queues: Option<u16>,
+    /// Whether the kernel reads the image's file by itself where nothing else has to see that; default `auto`, if the export is
+    /// read-only.
+    pub passthrough: Option<OnOffAuto>,
 }
 
 impl BlockExportOptionsFuse {
@@ -93,6 +98,8 @@ impl BlockExportOptionsFuse {
             growable: None,
             allow_other: None,
             io_uring: None,
+            num_queues: None,
+            passthrough: None,
         }
     }
 }

@@ -201,6 +201,10 @@ impl Ring {
         self.reap(local);
     }
 
+    pub(crate) fn submit_now(&self) {
+        self.enter(Wait::No);
+    }
+
     pub(crate) fn has_events(&self) -> bool {
         let mut ring = self.ring.borrow_mut();
         if !ring.completion().is_empty() {

@@ -88,6 +88,10 @@ impl Format for Raw {
             .unwrap_or_else(|| self.children.size(FILE).saturating_sub(self.offset))
     }
 
+    fn is_plain(&self) -> bool {
+        self.offset == 0 && self.size.is_none()
+    }
+
     fn map_read(&self, offset: u64, len: u64) -> Result<Lookup<Extent>, Errno> {
         self.window(offset, len)
     }

@@ -385,6 +385,14 @@ impl Protocol for FileDriver {
         self.locks.abort();
     }
 
+    fn plain_file(&self) -> Option<(OwnedFd, bool)> {
+        if self.is_device {
+            return None;
+        }
+        let file = open::reopen(self.file().fd().as_fd(), false, false).ok()?;
+        Some((file, self.access.direct))
+    }
+
     fn reopened(
         &self,
         driver: &BlockdevDriver,
