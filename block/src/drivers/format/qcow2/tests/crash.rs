@@ -142,16 +142,19 @@ impl Run<'_> {
         let below = |random: &mut Random, n: usize| {
             usize::try_from(random.below(n.max(1) as u64)).expect("an index")
         };
+        let is_flush =
+            |(_, operation): &(usize, Operation)| matches!(operation, Operation::Flush { .. });
         let at = below(random, len + 1);
         match random.below(9) {
-            0..=3 => at,
-            // Most is lost just before a flush.
-            4 | 5 => {
-                let is_flush = |(_, operation): &(usize, Operation)| {
-                    matches!(operation, Operation::Flush { .. })
-                };
-                at + self.journal[at..].iter().position(is_flush).unwrap_or(0)
+            0..=2 => at,
+            // What comes soon after a flush relies on it.
+            3 => {
+                let start = below(random, len + 1);
+                let flush = self.journal[start..].iter().position(is_flush);
+                flush.map_or(at, |flush| (start + flush + 2 + below(random, 5)).min(len))
             }
+            // Most is lost just before a flush.
+            4 | 5 => at + self.journal[at..].iter().position(is_flush).unwrap_or(0),
             // The header decides about everything.
             6 | 7 => match self.header_changes(below(random, 4)) {
                 changes if changes.is_empty() => at,

@@ -124,13 +124,19 @@ async fn change(bytes: &[u8], random: &mut Random, is_sound: bool) {
     if !is_sound {
         return;
     }
+    // Refcounts of clusters beyond the end of the file are not looked at until the file has grown.
+    let mut longer = bytes.to_vec();
+    longer.resize(bytes.len().max(file.bytes().len()), 0);
+    let hidden = checked(&disk(&longer), Repair::Nothing)
+        .await
+        .map_or(0, |report| report.leaks);
     let report = checked(&file, Repair::Nothing).await.expect("it was sound");
     assert_eq!(report.corruptions, 0, "{report:?}");
     if all_done && flushed.is_ok() && closed.is_ok() {
         // What loses its autoclear bit, since nobody here keeps it up to date, is nobody's from then on.
         let cleared = file.bytes().get(88..96) != bytes.get(88..96);
         assert_eq!(report.check_errors, 0, "{report:?}");
-        assert!(report.leaks == 0 || cleared, "{report:?}");
+        assert!(report.leaks <= hidden || cleared, "{report:?}");
         let image = opened(&file, &data, false).await.expect("it was sound");
         compare(&image, &known).await;
         let _ = image.close().await;
