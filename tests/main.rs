@@ -4,6 +4,7 @@ mod support;
 
 mod bad_images;
 mod bad_input;
+mod bitmaps;
 mod content;
 mod crash;
 mod file_systems;

@@ -16,6 +16,7 @@
 
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use bitflags::bitflags;
 use smallvec::SmallVec;
@@ -25,7 +26,8 @@ use stord_qmp::schema::block::BlockdevDriver;
 use stord_qmp::schema::create::PreallocMode;
 use stord_qmp::schema::node_info::SnapshotInfo;
 
-use crate::graph::{Claim, NodeOptions, Permissions, storage_claim};
+use crate::bitmap::Bitmaps;
+use crate::graph::{Claim, NodeOptions, Permissions, Reporter, storage_claim};
 
 /// The future of a request inside the block layer; it stays on the context that made it.
 pub type IoFuture<'a, T = ()> = Pin<Box<dyn Future<Output = Result<T, Errno>> + 'a>>;
@@ -410,10 +412,35 @@ pub trait Format: Send + Sync {
         None
     }
 
+    /// Where bitmaps are stored; `None` for a format that cannot.
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        None
+    }
+
+    /// Learns, when the node joins a graph, whom to tell of what it finds.
+    fn tell(&self, reporter: Reporter) {
+        let _ = reporter;
+    }
+
     /// What `query-named-block-nodes` tells of the image beyond the generic members.
     fn info(&self) -> FormatInfo {
         FormatInfo::default()
     }
+}
+
+/// An image that stores bitmaps: those of its node that are persistent are loaded when it opens and stored when it closes.
+pub trait BitmapStore: Send + Sync {
+    /// The node's bitmaps: the driver puts in what it loads, the graph what users add.
+    fn bitmaps(&self) -> Arc<Bitmaps>;
+
+    /// Checks whether one more bitmap could be stored.
+    ///
+    /// # Errors
+    /// Why not.
+    fn check_new(&self, name: &str, granularity_bits: u32) -> Result<(), Error>;
+
+    /// Removes what is stored of a bitmap. Runs on an I/O context, in a drained section.
+    fn remove<'a>(&'a self, name: &'a str) -> DriverFuture<'a>;
 }
 
 /// What is known of an internal snapshot before it is made.

@@ -8,6 +8,7 @@
 //! `graph/` the structure, permissions and opening; `io/` the request path, one concern per file.
 
 mod backend;
+pub mod bitmap;
 mod contexts;
 pub mod driver;
 pub mod drivers;

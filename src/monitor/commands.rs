@@ -11,7 +11,7 @@ use stord_qmp::schema::export::{
 };
 use stord_qmp::schema::nbd::{NbdServerAddOptions, NbdServerOptionsLegacy, NbdServerRemove};
 
-use super::{chardevs, jobs, nodes, objects, snapshots};
+use super::{bitmaps, chardevs, jobs, nodes, objects, snapshots};
 use crate::daemon::Daemon;
 
 /// What the greeting and `query-version` report: the version of the interface, not ours, since
@@ -39,6 +39,7 @@ pub fn registry() -> Registry<Daemon> {
     jobs::add(&mut registry);
     nodes::add(&mut registry);
     snapshots::add(&mut registry);
+    bitmaps::add(&mut registry);
     registry
 }
 

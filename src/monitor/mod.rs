@@ -1,6 +1,7 @@
 //! Monitors: where clients speak QMP. Each sits on a character device of its own and serves one
 //! client after the other; all of them act on one daemon.
 
+mod bitmaps;
 mod chardevs;
 pub mod commands;
 pub mod events;

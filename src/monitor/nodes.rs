@@ -6,7 +6,7 @@ use stord_block::graph::BlockEvent;
 use stord_qmp::command::Registry;
 use stord_qmp::schema::block::BlockdevReopen;
 use stord_qmp::schema::statistics::{
-    BlockInfo, BlockSetWriteThreshold, BlockWriteThreshold, QueryBlockstats,
+    BlockImageCorrupted, BlockInfo, BlockSetWriteThreshold, BlockWriteThreshold, QueryBlockstats,
 };
 use stord_qmp::{Error, Event};
 
@@ -19,6 +19,7 @@ pub fn add(registry: &mut Registry<Daemon>) {
         Ok(Vec::<BlockInfo>::new())
     });
     registry.add_event::<BlockWriteThreshold>();
+    registry.add_event::<BlockImageCorrupted>();
     registry.add(
         "blockdev-reopen",
         |daemon: Rc<Daemon>, BlockdevReopen { options }| async move {
@@ -68,6 +69,21 @@ pub fn report_events(daemon: &Daemon) -> Result<(), Error> {
     tokio::task::spawn_local(async move {
         while let Some(event) = happenings.recv().await {
             events.send(match event {
+                BlockEvent::ImageCorrupted {
+                    node_name,
+                    message,
+                    place,
+                    fatal,
+                } => Event::new(&BlockImageCorrupted {
+                    device: String::new(),
+                    node_name: Some(node_name),
+                    msg: message,
+                    offset: place
+                        .as_ref()
+                        .and_then(|place| i64::try_from(place.start).ok()),
+                    size: place.and_then(|place| i64::try_from(place.end - place.start).ok()),
+                    fatal,
+                }),
                 BlockEvent::WriteThreshold {
                     node_name,
                     threshold,

@@ -1,5 +1,7 @@
 //! What the block layer has to tell the user by itself, from whatever thread.
 
+use std::ops::Range;
+
 use stord_aio::sync::mpsc;
 
 /// Something that happened.
@@ -13,6 +15,17 @@ pub enum BlockEvent {
         threshold: u64,
         /// By how many bytes the write passed it.
         exceeded: u64,
+    },
+    /// An image was found to be corrupt.
+    ImageCorrupted {
+        /// The node.
+        node_name: String,
+        /// What was found.
+        message: String,
+        /// The bytes of the image file that it is about.
+        place: Option<Range<u64>>,
+        /// The image is of no more use.
+        fatal: bool,
     },
 }
 
@@ -31,5 +44,31 @@ impl Events {
         if let Some(sender) = &self.0 {
             let _ = sender.send(event);
         }
+    }
+}
+
+/// With this a driver tells of what it finds in its node's image.
+#[derive(Clone, Default)]
+pub struct Reporter {
+    node_name: String,
+    events: Events,
+}
+
+impl Reporter {
+    pub(super) fn new(node_name: &str, events: Events) -> Self {
+        Self {
+            node_name: node_name.to_owned(),
+            events,
+        }
+    }
+
+    /// The image is corrupt.
+    pub(crate) fn image_corrupted(&self, message: &str, place: Option<Range<u64>>, fatal: bool) {
+        self.events.send(BlockEvent::ImageCorrupted {
+            node_name: self.node_name.clone(),
+            message: message.to_owned(),
+            place,
+            fatal,
+        });
     }
 }

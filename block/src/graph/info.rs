@@ -6,8 +6,8 @@ use stord_qmp::Error;
 use stord_qmp::schema::Data;
 use stord_qmp::schema::block::BlockdevDetectZeroesOptions;
 use stord_qmp::schema::node_info::{
-    BlockDeviceInfo, BlockIoLimits, BlockdevCacheInfo, ImageInfo, ImageInfoSpecific,
-    ImageInfoSpecificKind,
+    BlockDeviceInfo, BlockDirtyInfo, BlockIoLimits, BlockdevCacheInfo, ImageInfo,
+    ImageInfoSpecific, ImageInfoSpecificKind,
 };
 
 use super::{DetectZeroes, Graph, Node};
@@ -56,7 +56,7 @@ impl Graph {
                 no_flush: options.no_flush,
             },
             write_threshold: node.threshold().get(),
-            dirty_bitmaps: None,
+            dirty_bitmaps: bitmaps_of(node),
         })
     }
 
@@ -114,6 +114,11 @@ impl Graph {
             backing_image: None,
         })
     }
+}
+
+fn bitmaps_of(node: &Node) -> Option<Vec<BlockDirtyInfo>> {
+    let bitmaps = node.bitmaps().list();
+    (!bitmaps.is_empty()).then(|| bitmaps.iter().map(|bitmap| bitmap.info()).collect())
 }
 
 fn specific_of_leaf(node: &Node) -> Option<ImageInfoSpecific> {

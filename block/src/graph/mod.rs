@@ -3,6 +3,7 @@
 //! [`Graph`] lives on the control thread and is the only writer. Its changes are transactions: they prepare, and then either commit or
 //! leave everything as it was. What I/O contexts see of the graph (`edge`, [`crate::Backend`]) changes only in drained sections.
 
+mod bitmaps;
 mod claims;
 mod drain;
 mod edge;
@@ -26,10 +27,11 @@ use stord_qmp::schema::block::{BlockdevOptions, BlockdevRef};
 use stord_qmp::schema::create::PreallocMode;
 use stord_qmp::{Error, ErrorClass};
 
+pub use bitmaps::{BitmapSource, NewBitmap};
 pub use claims::storage_claim;
 pub use drain::DrainedSection;
 pub use edge::{Children, Claim, Edge};
-pub use event::BlockEvent;
+pub use event::{BlockEvent, Reporter};
 pub use node::{DetectZeroes, Node, NodeOptions};
 pub use permission::Permissions;
 pub(crate) use reopen::cannot_change;

@@ -1,13 +1,15 @@
 //! Nodes: a driver, its children, and the state that the generic request path keeps for it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use stord_aio::sync::{Mutex, RangeLock};
 
 use super::Children;
-use super::event::Events;
+use super::event::{Events, Reporter};
 use super::threshold::WriteThreshold;
-use crate::driver::{Driver, Limits};
+use crate::bitmap::{BitmapState, Bitmaps};
+use crate::driver::{BitmapStore, Driver, Limits};
 
 /// What becomes of discards and zeroes at a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +56,7 @@ pub struct Node {
     /// The end of the highest write, in bytes.
     highest_written: AtomicU64,
     threshold: WriteThreshold,
+    bitmaps: Arc<Bitmaps>,
     /// Counts completed writes; what a flush compares with `flushed`.
     pub(crate) written: AtomicU64,
     /// The value of `written` that the last flush covered. Its lock makes one flush serve all that wait.
@@ -73,6 +76,11 @@ impl Node {
             Driver::Protocol(leaf) => (leaf.limits(), leaf.length()),
             Driver::Format(format) => (format.limits(), format.length()),
         };
+        let bitmaps = match &driver {
+            Driver::Format(format) => format.bitmap_store().map(BitmapStore::bitmaps),
+            Driver::Protocol(_) => None,
+        };
+        let bitmaps = bitmaps.unwrap_or_default();
         Self {
             name,
             driver_name,
@@ -85,6 +93,7 @@ impl Node {
             serialising: RangeLock::default(),
             highest_written: AtomicU64::new(0),
             threshold: WriteThreshold::default(),
+            bitmaps,
             written: AtomicU64::new(0),
             flushed: Mutex::new(0),
         }
@@ -92,6 +101,9 @@ impl Node {
 
     /// The same node, which tells of what happens to it.
     pub(super) fn with_events(mut self, events: Events) -> Self {
+        if let Driver::Format(format) = &self.driver {
+            format.tell(Reporter::new(&self.name, events.clone()));
+        }
         self.threshold = WriteThreshold::new(events);
         self
     }
@@ -101,6 +113,12 @@ impl Node {
         self.threshold.set(old.threshold.get());
         self.highest_written
             .store(old.highest_written(), Ordering::Relaxed);
+        // The persistent ones come with the image.
+        for bitmap in old.bitmaps.list().iter().rev() {
+            if !bitmap.is(BitmapState::PERSISTENT) {
+                self.bitmaps.add(Arc::clone(bitmap));
+            }
+        }
         self
     }
 
@@ -141,6 +159,7 @@ impl Node {
 
     pub(crate) fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Release);
+        self.bitmaps.resize(size);
     }
 
     /// The end of the highest write since the node opened, in bytes.
@@ -148,11 +167,16 @@ impl Node {
         self.highest_written.load(Ordering::Relaxed)
     }
 
+    /// The dirty bitmaps.
+    pub fn bitmaps(&self) -> &Bitmaps {
+        &self.bitmaps
+    }
+
     pub(super) fn threshold(&self) -> &WriteThreshold {
         &self.threshold
     }
 
-    /// Notes that a write is done that reached as far as `end`.
+    /// Notes that a write is done that reached as far as `end`. Bitmaps are told apart: by writes that failed, too.
     pub(crate) fn note_write(&self, end: u64) {
         self.threshold.check(&self.name, end);
         if self.highest_written.load(Ordering::Relaxed) < end {

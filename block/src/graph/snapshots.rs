@@ -148,6 +148,9 @@ impl Graph {
         let _change = self.change.lock().await;
         let subject = self.subject(device)?;
         let _drained = self.drain(std::slice::from_ref(&subject.image)).await;
+        if !subject.image.bitmaps().list().is_empty() {
+            return Err(Error::generic("Device has active dirty bitmaps"));
+        }
         let list = subject.list()?;
         let Some((index, _)) = find(&list, Some(id), None) else {
             return Err(Error::generic("Can't find snapshot"));

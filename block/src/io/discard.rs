@@ -27,6 +27,7 @@ pub(crate) async fn discard(node: &Arc<Node>, offset: u64, len: u64) -> Result<(
         Driver::Protocol(leaf) => leaf.discard(start, stop - start).await,
         Driver::Format(format) => format.discard(start, stop - start).await,
     };
+    node.bitmaps().mark(start, stop - start);
     match result {
         Ok(()) => {
             note_change(node);

@@ -26,6 +26,13 @@ pub(super) fn note_write(node: &Node, end: u64) {
     note_change(node);
 }
 
+/// Notes in the bitmaps of every node on the way that a write has ended, well or badly.
+fn note_dirty(leaf: &Node, at: u64, path: &Path, len: u64) {
+    leaf.bitmaps().mark(at, len);
+    path.nodes()
+        .for_each(|(node, at)| node.bitmaps().mark(at, len));
+}
+
 /// Writes all of `src`. `durable` makes the write survive a power failure once this returns.
 pub(crate) async fn write(
     node: &Arc<Node>,
@@ -56,7 +63,9 @@ pub(super) async fn write_as_is(
     let len = src.len();
     match walk::to_overwrite(node, offset, len, &mut path)? {
         Place::Leaf(leaf, at) => {
-            align::write(&leaf, at, src, durable).await?;
+            let result = align::write(&leaf, at, src, durable).await;
+            note_dirty(&leaf, at, &path, len);
+            result?;
             note_write(&leaf, at + len);
             path.nodes()
                 .for_each(|(node, at)| note_write(node, at + len));
@@ -66,7 +75,11 @@ pub(super) async fn write_as_is(
             }
             Ok(())
         }
-        _ => allocating(node, offset, src, durable).await,
+        _ => {
+            let result = allocating(node, offset, src, durable).await;
+            node.bitmaps().mark(offset, len);
+            result
+        }
     }
 }
 
@@ -85,6 +98,7 @@ pub(crate) fn try_write(node: &Arc<Node>, offset: u64, src: &IoVec) -> Option<Re
             if leaf.limits().request_alignment == 1 && align::fits(&leaf, at, src) =>
         {
             let result = leaf_driver(&leaf)?.try_write(at, src)?;
+            note_dirty(&leaf, at, &path, src.len());
             if result.is_ok() {
                 note_write(&leaf, at + src.len());
                 path.nodes()

@@ -29,19 +29,24 @@ pub(crate) async fn write_zeroes(
         flags.remove(ZeroFlags::MAY_UNMAP);
     }
     let end = offset.checked_add(len).ok_or(Errno::EINVAL)?;
-    let (body_start, body_end) = aligned_part(node, offset, end);
-    if body_start >= body_end {
-        edge(node, offset, end, flags).await?;
-    } else {
-        edge(node, offset, body_start, flags).await?;
-        body(node, body_start, body_end, flags).await?;
-        edge(node, body_end, end, flags).await?;
-    }
+    let zeroed = parts(node, offset, end, flags).await;
+    node.bitmaps().mark(offset, len);
+    zeroed?;
     if flags.contains(ZeroFlags::DURABLE) {
         flush(node).await
     } else {
         Ok(())
     }
+}
+
+async fn parts(node: &Arc<Node>, offset: u64, end: u64, flags: ZeroFlags) -> Result<(), Errno> {
+    let (start, stop) = aligned_part(node, offset, end);
+    if start >= stop {
+        return edge(node, offset, end, flags).await;
+    }
+    edge(node, offset, start, flags).await?;
+    body(node, start, stop, flags).await?;
+    edge(node, stop, end, flags).await
 }
 
 /// The part of the range that the driver takes: aligned, or reaching the node's end.

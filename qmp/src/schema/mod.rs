@@ -3,6 +3,7 @@
 //!
 //! Names are those of the reference, members in snake case.
 
+pub mod bitmap;
 pub mod block;
 pub mod chardev;
 pub mod control;

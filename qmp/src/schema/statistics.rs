@@ -257,6 +257,24 @@ pub struct BlockWriteThreshold {
     pub write_threshold: u64,
 }
 
+/// Event: an image was found to be corrupt.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+#[qapi(event = "BLOCK_IMAGE_CORRUPTED")]
+pub struct BlockImageCorrupted {
+    /// The device, of which there are none here.
+    pub device: String,
+    /// The node.
+    pub node_name: Option<String>,
+    /// What was found.
+    pub msg: String,
+    /// Where in the image file, in bytes, if that is known.
+    pub offset: Option<i64>,
+    /// Of how many bytes, if that is known.
+    pub size: Option<i64>,
+    /// Whether the image is of no more use.
+    pub fatal: bool,
+}
+
 /// A guest's device. There are none here; the type is for introspection.
 #[derive(Clone, Debug, PartialEq, Qapi)]
 pub struct BlockInfo {

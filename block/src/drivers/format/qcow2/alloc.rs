@@ -15,8 +15,8 @@ pub(super) enum AllocError {
     Missing(Missing),
     /// The file cannot be longer, or its refcount table cannot.
     NoSpace,
-    /// What refcounts say is free is metadata of this kind.
-    Overlap(&'static str),
+    /// A cluster that would be written to is metadata of this kind.
+    Overlap { kind: &'static str, cluster: u64 },
     /// Metadata has to be written back first.
     WriteBack,
     /// Not with this entry; data has to be written.
@@ -146,10 +146,12 @@ impl Space {
         if end > MAX_HOST_OFFSET >> self.geometry.cluster_bits {
             return Err(AllocError::NoSpace);
         }
-        if let Some(kind) =
-            (cluster..end).find_map(|cluster| self.places.hit(cluster, &self.geometry))
-        {
-            return Err(AllocError::Overlap(kind));
+        let hit = |cluster| {
+            let kind = self.places.hit(cluster, &self.geometry)?;
+            Some(AllocError::Overlap { kind, cluster })
+        };
+        if let Some(overlap) = (cluster..end).find_map(hit) {
+            return Err(overlap);
         }
         for taken in cluster..end {
             if let Err(missing) = self.refcounts.set(taken, 1) {
@@ -186,7 +188,7 @@ impl Space {
     /// Makes the free cluster, whose count is in this block or one that is there, a refcount block.
     fn add_block(&mut self, block: u64, cluster: u64) -> Result<(), AllocError> {
         if let Some(kind) = self.places.hit(cluster, &self.geometry) {
-            return Err(AllocError::Overlap(kind));
+            return Err(AllocError::Overlap { kind, cluster });
         }
         if cluster >= MAX_HOST_OFFSET >> self.geometry.cluster_bits {
             return Err(AllocError::NoSpace);

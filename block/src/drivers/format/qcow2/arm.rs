@@ -30,6 +30,7 @@ impl Image {
         }
         self.prepare_space().await?;
         self.prepare_header().await?;
+        self.mark_bitmaps_in_use().await?;
         self.armed.store(true, Ordering::Release);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! What happens when the image is found corrupt: the first finding is reported; if the image could be written to, it is marked corrupt
 //! and takes no more requests, as the reference does.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use stord_aio::Errno;
@@ -12,18 +13,40 @@ impl Image {
     /// Reports corruption found while reading or writing, and gives the errno for the request. `fatal` findings end the use of an
     /// image that is open for writing.
     pub(super) async fn corruption(&self, fatal: bool, message: &str) -> Errno {
+        self.corruption_at(fatal, message, None).await
+    }
+
+    /// The same, for bytes of the image file.
+    pub(super) async fn corruption_at(
+        &self,
+        fatal: bool,
+        message: &str,
+        place: Option<Range<u64>>,
+    ) -> Errno {
         let fatal = fatal && self.writable;
+        let before = if fatal {
+            self.corruption_reported.store(true, Ordering::Release);
+            self.unusable.swap(true, Ordering::AcqRel)
+        } else {
+            self.corruption_reported.swap(true, Ordering::AcqRel)
+        };
+        if before {
+            return Errno::EIO;
+        }
         if fatal {
-            if !self.unusable.swap(true, Ordering::AcqRel) {
-                tracing::error!(
-                    "qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed"
-                );
-                self.mark_corrupt().await;
-            }
-        } else if !self.corruption_reported.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                "qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed"
+            );
+        } else {
             tracing::error!(
                 "qcow2: Image is corrupt: {message}; further non-fatal corruption events will be suppressed"
             );
+        }
+        if let Some(reporter) = self.reporter.get() {
+            reporter.image_corrupted(message, place, fatal);
+        }
+        if fatal {
+            self.mark_corrupt().await;
         }
         Errno::EIO
     }

@@ -126,7 +126,16 @@ impl Header {
 
     /// The bits of autoclear features that this driver keeps in force; the others must be cleared before the image changes.
     pub(super) fn autoclear_to_keep(&self) -> u64 {
-        self.raw.autoclear.get() & Autoclear::DATA_FILE_RAW.bits()
+        let mut kept = Autoclear::DATA_FILE_RAW;
+        kept.set(Autoclear::BITMAPS, self.bitmaps.is_some());
+        self.raw.autoclear.get() & kept.bits()
+    }
+
+    /// Takes over bytes that are to be written with the header and are no fields of it.
+    pub(super) fn patch(&mut self, at: usize, bytes: &[u8]) {
+        if let Some(place) = self.head.get_mut(at..at + bytes.len()) {
+            place.copy_from_slice(bytes);
+        }
     }
 
     /// The file's first bytes with the header's present values, ready to be written at offset 0.

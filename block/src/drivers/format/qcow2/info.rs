@@ -22,7 +22,7 @@ impl Image {
             lazy_refcounts: v3.then_some(header.has_lazy_refcounts()),
             corrupt: v3.then(|| incompatible.contains(Incompatible::CORRUPT)),
             refcount_bits: i64::from(self.geometry.refcount_bits()),
-            bitmaps: None,
+            bitmaps: self.directory.load().info(),
             compression_type: if self.geometry.zstd {
                 Qcow2CompressionType::Zstd
             } else {

@@ -106,7 +106,7 @@ pub(super) struct RawBitmapsExtension {
 }
 
 /// The fixed part of a bitmap directory entry.
-#[derive(Clone, Copy, Debug, FromBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct RawBitmapEntry {
     pub(super) table_offset: U64,

@@ -10,6 +10,7 @@
 
 mod alloc;
 mod arm;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod clean;
@@ -57,6 +58,7 @@ use stord_aio::{Errno, IoVec};
 use stord_qmp::Error;
 use stord_qmp::schema::create::PreallocMode;
 
+use self::bitmaps::Directory;
 use self::cache::SliceCache;
 use self::clean::Cleaning;
 use self::compressed::Decompressed;
@@ -68,11 +70,12 @@ use self::options::Options;
 use self::pins::Pins;
 use self::single_flight::SingleFlight;
 use self::snapshot::Snapshots;
+use crate::bitmap::Bitmaps;
 use crate::driver::{
-    ChildId, DATA_FILE, Extent, FILE, Format, FormatInfo, InternalSnapshots, IoFuture, Limits,
-    Lookup, WritePlan, ZeroFlags,
+    BitmapStore, ChildId, DATA_FILE, Extent, FILE, Format, FormatInfo, InternalSnapshots, IoFuture,
+    Limits, Lookup, WritePlan, ZeroFlags,
 };
-use crate::graph::Children;
+use crate::graph::{Children, Reporter};
 
 pub use self::open::{links, open};
 
@@ -98,6 +101,10 @@ struct Image {
     loading: SingleFlight,
     decompressed: Decompressed,
     snapshots: ArcSwap<Snapshots>,
+    /// The node's bitmaps, persistent or not.
+    bitmaps: Arc<Bitmaps>,
+    /// The bitmaps that are stored in the image.
+    directory: ArcSwap<Directory>,
     /// Refcounts and flags on disk may contradict each other: the dirty bit stays.
     unsettled: AtomicBool,
     /// Fatal corruption was found; no more requests.
@@ -105,6 +112,8 @@ struct Image {
     /// What [`Image::holds_unwritten`] found.
     unwritten: OnceLock<bool>,
     corruption_reported: AtomicBool,
+    /// Who is told of corruption, once the image is in a graph.
+    reporter: OnceLock<Reporter>,
     /// The header says what it must before the first change, so that data may be overwritten.
     armed: AtomicBool,
     /// Counts changes of where metadata lies; what [`cache::Slice::checked`] is compared with.
@@ -240,6 +249,15 @@ impl Format for Qcow2 {
 
     fn close<'a>(&'a self) -> IoFuture<'a> {
         Box::pin(self.0.close())
+    }
+
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        Some(self)
+    }
+
+    fn tell(&self, reporter: Reporter) {
+        // A node has one driver, and a driver one node.
+        let _ = self.0.reporter.set(reporter);
     }
 
     fn snapshots(&self) -> Option<&dyn InternalSnapshots> {

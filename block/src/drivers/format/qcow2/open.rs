@@ -94,10 +94,13 @@ pub async fn open(
         loading: SingleFlight::default(),
         decompressed: Decompressed::default(),
         snapshots: ArcSwap::from_pointee(snapshots),
+        bitmaps: Arc::default(),
+        directory: ArcSwap::default(),
         unsettled: AtomicBool::new(false),
         unusable: AtomicBool::new(false),
         unwritten: OnceLock::new(),
         corruption_reported: AtomicBool::new(false),
+        reporter: OnceLock::new(),
         armed: AtomicBool::new(false),
         metadata_places: AtomicU64::new(1),
         meta: Mutex::new(Meta::default()),
@@ -108,6 +111,7 @@ pub async fn open(
         resizing: sync::Mutex::new(()),
         cleaning: Cleaning::default(),
     };
+    image.load_bitmaps().await?;
     let image = Arc::new(image);
     image.start_cleaning();
     Ok(Qcow2(image))

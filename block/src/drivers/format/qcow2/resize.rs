@@ -30,7 +30,7 @@ impl Image {
         if self.geometry.l1_entries_for(size) > MAX_L1_BYTES / 8 {
             return refuse("Failed to grow the L1 table: File too large");
         }
-        Ok(())
+        self.check_bitmaps_resize()
     }
 
     /// Changes the length to `size` bytes.
@@ -47,6 +47,7 @@ impl Image {
             // Version 2 does not store the length that a snapshot had.
             return Err(Errno::ENOTSUP);
         }
+        self.check_bitmaps_resize().map_err(|_| Errno::ENOTSUP)?;
         self.arm().await?;
         let _order = self.resizing.lock().await;
         let old = self.size();

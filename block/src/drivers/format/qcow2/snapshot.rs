@@ -185,7 +185,8 @@ impl Image {
             return Err(errno);
         }
         let old = self.replace_list(snapshots, old_offset);
-        self.lower_structure(old.0, old.1).await
+        self.lower_structure(old.0, old.1, self.options.pass_snapshot)
+            .await
     }
 
     /// Makes refcounts and flags agree, on disk when this returns.
@@ -261,11 +262,17 @@ impl Image {
             l1,
             old_table,
         } = deleted;
+        let discards = self.options.pass_snapshot;
         let lowered = async {
             self.lower_tree(l1, u64::MAX).await?;
-            self.lower_structure(snapshot.l1_offset, u64::from(snapshot.l1_size) * 8)
-                .await?;
-            self.lower_structure(old_table.0, old_table.1).await
+            self.lower_structure(
+                snapshot.l1_offset,
+                u64::from(snapshot.l1_size) * 8,
+                discards,
+            )
+            .await?;
+            self.lower_structure(old_table.0, old_table.1, discards)
+                .await
         };
         let lowered = lowered.await;
         self.decompressed.clear();
@@ -295,7 +302,8 @@ impl Image {
         let old_place = switched?;
         self.lower_tree(&old, u64::MAX).await?;
         self.decompressed.clear();
-        self.lower_structure(old_place, old.len() as u64 * 8).await
+        self.lower_structure(old_place, old.len() as u64 * 8, self.options.pass_snapshot)
+            .await
     }
 
     /// Makes these entries the active L1 table, and gives the place of the one before. A failure changes nothing.

@@ -51,10 +51,12 @@ impl Image {
             AllocError::WriteBack => self.write_back().await,
             AllocError::NoSpace => Err(Errno::ENOSPC),
             AllocError::NotSupported => Err(Errno::ENOTSUP),
-            AllocError::Overlap(kind) => {
+            AllocError::Overlap { kind, cluster } => {
                 let message =
                     format!("Preventing invalid write on metadata (overlaps with {kind})");
-                Err(self.corruption(true, &message).await)
+                let bits = self.geometry.cluster_bits;
+                let place = cluster << bits..(cluster + 1) << bits;
+                Err(self.corruption_at(true, &message, Some(place)).await)
             }
         }
     }

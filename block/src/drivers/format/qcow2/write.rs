@@ -391,11 +391,12 @@ impl Image {
         };
         let bits = self.geometry.cluster_bits;
         let clusters = host >> bits..=(host + len - 1) >> bits;
-        match clusters
-            .into_iter()
-            .find_map(|cluster| space.places.hit(cluster, &self.geometry))
-        {
-            Some(kind) => Err(AllocError::Overlap(kind).into()),
+        let hit = |cluster| {
+            let kind = space.places.hit(cluster, &self.geometry)?;
+            Some(AllocError::Overlap { kind, cluster })
+        };
+        match clusters.into_iter().find_map(hit) {
+            Some(overlap) => Err(overlap.into()),
             None => Ok(()),
         }
     }

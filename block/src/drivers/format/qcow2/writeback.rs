@@ -378,8 +378,12 @@ impl Image {
     /// Writes everything out and leaves the image clean.
     pub(super) async fn close(&self) -> Result<(), Errno> {
         self.cleaning.end();
-        if !self.armed.load(Ordering::Acquire) || self.unusable.load(Ordering::Acquire) {
+        if self.unusable.load(Ordering::Acquire) {
             return Ok(());
+        }
+        let stored = self.store_bitmaps().await;
+        if !self.armed.load(Ordering::Acquire) {
+            return stored;
         }
         self.write_out().await?;
         let is_dirty = self.header().incompatible().contains(Incompatible::DIRTY);
@@ -387,7 +391,8 @@ impl Image {
             self.change_header(|header| header.set_incompatible(Incompatible::DIRTY, false))
                 .await?;
         }
-        Ok(())
+        self.disarm();
+        stored
     }
 
     /// Brings everything to disk, late refcounts included.

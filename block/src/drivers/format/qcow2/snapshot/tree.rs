@@ -100,21 +100,27 @@ impl Image {
             for run in self.uses_of(entry).await? {
                 let end = run.start + (run.end - run.start).min(limit);
                 limit -= end - run.start;
-                self.lower_run(run.start..end).await?;
+                self.lower_run(run.start..end, self.options.pass_snapshot)
+                    .await?;
             }
             self.relieve().await?;
         }
         Ok(())
     }
 
-    /// Lowers the refcount of clusters that a structure took up, and discards what becomes free.
-    pub(super) async fn lower_structure(&self, offset: u64, bytes: u64) -> Result<(), Errno> {
+    /// Lowers the refcount of clusters that a structure took up; `discards` what becomes free.
+    pub(in super::super) async fn lower_structure(
+        &self,
+        offset: u64,
+        bytes: u64,
+        discards: bool,
+    ) -> Result<(), Errno> {
         let first = offset >> self.geometry.cluster_bits;
-        self.lower_run(first..first + self.geometry.clusters_for(bytes))
+        self.lower_run(first..first + self.geometry.clusters_for(bytes), discards)
             .await
     }
 
-    async fn lower_run(&self, run: Run) -> Result<(), Errno> {
+    async fn lower_run(&self, run: Run, discards: bool) -> Result<(), Errno> {
         let mut free: Vec<Run> = Vec::new();
         let mut at = run.start;
         while at < run.end {
@@ -138,7 +144,7 @@ impl Image {
             }
             at += 1;
         }
-        if self.options.pass_snapshot {
+        if discards {
             let bits = self.geometry.cluster_bits;
             for run in free {
                 let (start, len) = (run.start << bits, (run.end - run.start) << bits);

@@ -3,8 +3,9 @@
 
 pub(crate) mod beside;
 #[cfg(test)]
-mod cleaning;
+mod bitmaps;
 #[cfg(test)]
+mod cleaning;
 mod crash;
 #[cfg(test)]
 mod damage;
