@@ -218,9 +218,7 @@ async fn run(contexts: &[Context], backend: &Backend, load: Load) -> f64 {
 /// Makes requests on the calling context; gives nanoseconds of its thread's time per request.
 async fn work(backend: Backend, load: Load, mut seed: u64) -> f64 {
     let blocks = backend.size() / BLOCK;
-    let buffers: Vec<IoBuffer> = (0..load.depth)
-        .map(|_| IoBuffer::zeroed(4096))
-        .collect();
+    let buffers: Vec<IoBuffer> = (0..load.depth).map(|_| IoBuffer::zeroed(4096)).collect();
     let mut next = move || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (seed >> 33) % blocks * BLOCK
