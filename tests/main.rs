@@ -7,6 +7,7 @@ mod bad_input;
 mod bitmaps;
 mod content;
 mod crash;
+mod exerciser;
 mod file_systems;
 mod fuse_file;
 mod fuse_life;

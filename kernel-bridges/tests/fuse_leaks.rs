@@ -32,7 +32,7 @@ fn memory() -> u64 {
 /// How many mounts are made; `STORD_CYCLES` asks for another number than that of a usual run.
 fn cycles() -> usize {
     let wanted = std::env::var("STORD_CYCLES").unwrap_or_default();
-    wanted.parse().unwrap_or(300)
+    wanted.parse().unwrap_or(1000)
 }
 
 #[test]
