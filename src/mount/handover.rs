@@ -228,7 +228,7 @@ async fn offer(
     let lost = |error: io::Error| Error::generic(reason(&error)).with_source(error);
     let Some(connection) = daemon.exports.connection(EXPORT) else {
         let error = Error::generic(format!(
-            "the mount at '{}' cannot be handed over: its requests come through io_uring",
+            "the mount at '{}' cannot be handed over: its requests come through io_uring, or the kernel reads its image by itself",
             plan.mountpoint.display()
         ))
         .with_hint("Mounts made with 'stord mount --keep' can be; others have to be unmounted and mounted again.");

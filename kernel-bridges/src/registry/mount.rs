@@ -147,7 +147,7 @@ impl ExportRegistry {
     }
 
     /// What another process needs to serve an export's mount when this one is gone. `None` where it cannot be had: requests that
-    /// came through io_uring and are under way cannot be left to another.
+    /// came through io_uring and are under way cannot be left to another, nor files that are open in passthrough.
     pub fn connection(&self, id: &str) -> Option<Connection> {
         let entry = self.find(id)?;
         let export = entry.export.borrow().clone()?;
@@ -167,8 +167,10 @@ impl ExportRegistry {
             .filter(|_| !entry.shutting_down.get())
             .ok_or_else(|| Error::generic(format!("export '{id}' is ending")))?;
         let connection = export.connection().ok_or_else(|| {
-            Error::generic("the mount cannot be handed over: its requests come through io_uring")
-                .with_hint("Mounts made with 'stord mount --keep' can be.")
+            Error::generic(
+                "the mount cannot be handed over: its requests come through io_uring, or the kernel reads its image by itself",
+            )
+            .with_hint("Mounts made with 'stord mount --keep' can be.")
         })?;
         entry.shutting_down.set(true);
         entry.left.set(true);
@@ -194,7 +196,12 @@ async fn start(
         path: check_mountpoint(&options.mountpoint, directory).await?,
         allow_other: FuseExportAllowOther::Auto,
         io_uring: options.io_uring,
-        passthrough: OnOffAuto::Auto,
+        // A file that is open past a daemon cannot be opened otherwise by the next.
+        passthrough: if options.outlives {
+            OnOffAuto::Off
+        } else {
+            OnOffAuto::Auto
+        },
         contents,
     };
     FuseExport::start(&options, &placement.contexts).await
