@@ -12,6 +12,7 @@ mod file_systems;
 mod fuse_file;
 mod fuse_life;
 mod fuse_semantics;
+mod hostile_clients;
 mod image_commands;
 mod locking;
 mod memory;

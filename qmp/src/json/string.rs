@@ -17,7 +17,11 @@ pub fn unquote(quoted: &[u8]) -> Result<String, Error> {
     while let Some((&byte, after)) = rest.split_first() {
         (text, rest) = match (byte, after) {
             (b'\\', [b'u', after @ ..]) => {
-                let (character, after) = unicode_escape(after).ok_or_else(|| bad_escape(after))?;
+                let (character, after) = unicode_escape(after).ok_or_else(|| {
+                    // With the closing quote.
+                    let start = quoted.len().saturating_sub(after.len() + 1);
+                    bad_escape(quoted.get(start..).unwrap_or_default())
+                })?;
                 text.push(character);
                 (text, after)
             }
@@ -84,6 +88,10 @@ fn bad_escape(text: &[u8]) -> Error {
 
 /// The character at the start of the text.
 fn raw_character(text: &[u8]) -> Option<(char, &[u8])> {
+    // The one overlong sequence that the reference takes, for a NUL that ends no string in C.
+    if let [0xc0, 0x80, rest @ ..] = text {
+        return Some(('\0', rest));
+    }
     let (candidate, _) = text.split_at(text.len().min(4));
     let valid = match str::from_utf8(candidate) {
         Ok(valid) => valid,

@@ -4,9 +4,10 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use stord_aio::{Errno, sim, spawn_local, yield_now};
+use stord_qmp::schema::create::PreallocMode;
 
 use super::harness::{Image, Setup, assert_same, created};
-use super::made::check;
+use super::made::{Kind, Made, check};
 use crate::driver::ZeroFlags;
 use crate::io;
 use crate::testing::{Fault, MemoryDisk};
@@ -156,6 +157,140 @@ fn overwrite_in_flight_does_not_hit_who_got_its_cluster() {
                 .expect("reads");
             assert_same(&read, &[0xbb; 4 * CLUSTER_BYTES], "who got the cluster");
             closed(image, &disk, "after the overwrite").await;
+        });
+    }
+}
+
+#[test]
+fn discard_in_flight_does_not_hit_who_got_its_cluster() {
+    for seed in 0..SEEDS {
+        for unmap in [false, true] {
+            sim::run(seed, || async move {
+                let disk = disk();
+                let image = opened(&disk).await;
+                image
+                    .write(0, &[0xaa; CLUSTER_BYTES])
+                    .await
+                    .expect("writes");
+                image.flush().await.expect("flushes");
+                disk.hold(|kind, _, _| kind == Fault::Discard);
+                let discarder = image.clone();
+                let ended = start(async move {
+                    if unmap {
+                        io::write_zeroes(&discarder.0, 0, CLUSTER, ZeroFlags::MAY_UNMAP)
+                            .await
+                            .expect("zeroes");
+                    } else {
+                        io::discard(&discarder.0, 0, CLUSTER)
+                            .await
+                            .expect("discards");
+                    }
+                });
+                disk.wait_held(1).await;
+                image.flush().await.expect("flushes");
+                image
+                    .write(SIZE as u64 / 2, &[0xbb; 4 * CLUSTER_BYTES])
+                    .await
+                    .expect("writes");
+                disk.release();
+                until(&ended).await;
+                let read = image
+                    .read(SIZE as u64 / 2, 4 * CLUSTER_BYTES)
+                    .await
+                    .expect("reads");
+                assert_same(&read, &[0xbb; 4 * CLUSTER_BYTES], "who got the cluster");
+                closed(image, &disk, "after the discard").await;
+            });
+        }
+    }
+}
+
+/// The rest of a cluster that is copied for a small write must not undo another write to it.
+#[test]
+fn copies_around_a_write_do_not_undo_writes_beside_it() {
+    // Compressed, so that the first write copies the whole cluster.
+    let compressed = compressed_image();
+    for seed in 0..SEEDS {
+        let disk = MemoryDisk::new(compressed.clone());
+        sim::run(seed, || async move {
+            let image = opened(&disk).await;
+            disk.hold(|kind, _, _| kind == Fault::Read);
+            let writers: Vec<_> = (0..8u8)
+                .map(|part| {
+                    let image = image.clone();
+                    start(async move {
+                        image
+                            .write(u64::from(part) * 512, &[part + 1; 100])
+                            .await
+                            .expect("writes");
+                    })
+                })
+                .collect();
+            disk.wait_held(1).await;
+            disk.release();
+            for ended in &writers {
+                until(ended).await;
+            }
+            let expected: Vec<u8> = (0..8u8)
+                .flat_map(|part| [vec![part + 1; 100], vec![0x77; 412]].concat())
+                .collect();
+            assert_same(
+                &image.read(0, CLUSTER_BYTES).await.expect("reads"),
+                &expected,
+                "the cluster",
+            );
+            image.close().await.expect("closes");
+        });
+    }
+}
+
+/// An image whose first cluster is compressed.
+fn compressed_image() -> Vec<u8> {
+    let kind = Kind {
+        options: "cluster_size=4k",
+        size: SIZE as u64,
+        filled: &["write -q -c -P 0x77 0 4k"],
+        ..Kind::default()
+    };
+    Made::new(&kind).file.bytes()
+}
+
+#[test]
+fn writes_go_on_while_the_image_changes_its_length() {
+    for seed in 0..SEEDS {
+        sim::run(seed, || async move {
+            let disk = disk();
+            let image = opened(&disk).await;
+            image
+                .write(0, &[0xaa; 16 * CLUSTER_BYTES])
+                .await
+                .expect("writes");
+            // Metadata and header of the resize wait for the writes, which come in between.
+            disk.hold(|kind, _, _| kind == Fault::Flush);
+            let (resizer, to) = (image.clone(), 8 * SIZE as u64 * (seed % 2) + 64 * 1024);
+            let resized = start(async move {
+                io::truncate(&resizer.0, to, true, PreallocMode::Off)
+                    .await
+                    .expect("resizes");
+            });
+            disk.wait_held(1).await;
+            for cluster in 0..16 {
+                let fill = [u8::try_from(cluster).expect("a byte"); 700];
+                image
+                    .write(cluster * CLUSTER + 100, &fill)
+                    .await
+                    .expect("writes");
+            }
+            disk.release();
+            until(&resized).await;
+            for cluster in 0..16 {
+                let read = image
+                    .read(cluster * CLUSTER + 100, 700)
+                    .await
+                    .expect("reads");
+                assert!(read.iter().all(|&byte| u64::from(byte) == cluster));
+            }
+            closed(image, &disk, "after the resize").await;
         });
     }
 }
