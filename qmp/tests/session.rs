@@ -206,7 +206,11 @@ fn garbage_is_answered_and_the_next_command_executed() {
         (b"{]", &[value]),
         (b"{\"a\":1,\"a\":2}", &["duplicate key"]),
         (b"\"\\q\"", &["invalid escape sequence in string"]),
-        (b"\"\\u12\"", &["\\\\u12 is not a valid Unicode character"]),
+        // Four bytes are shown, the closing quote among them.
+        (
+            b"\"\\u12\"",
+            &["\\\\u12\\\" is not a valid Unicode character"],
+        ),
         (
             b"\"\\ud800\"",
             &["\\\\ud800 is not a valid Unicode character"],
