@@ -30,6 +30,7 @@ use tokio::sync::oneshot;
 
 use crate::engine::{Engine, Wait};
 use crate::executor::{self, Local};
+use crate::fences::Fences;
 use crate::polling::{self, PollParams, Spinner};
 use crate::pool::{self, PoolLimits};
 use crate::remote::{self, Mailbox, Message};
@@ -95,6 +96,8 @@ impl Context {
     ///
     /// When a thread or its descriptors cannot be had, or [`MAX_CONTEXTS`] are running.
     pub fn start(config: ContextConfig) -> io::Result<Context> {
+        // While there is one thread, if this is the first context.
+        let _ = Fences::new();
         let Some(id) = remote::open()? else {
             return Err(io::Error::other(format!(
                 "there are {MAX_CONTEXTS} I/O contexts already"

@@ -98,12 +98,12 @@ impl Frees {
                 .any(|free| free.generation > self.durable && free.generation <= self.written)
     }
 
-    /// Takes out what nothing on disk refers to any more and `is_over` says that no request is left of.
-    pub(super) fn take_ready(&mut self, mut is_over: impl FnMut(u64) -> bool) -> Vec<Free> {
+    /// Takes out what nothing on disk refers to any more and no request is left of, because its stamp is `settled` or less.
+    pub(super) fn take_ready(&mut self, settled: u64) -> Vec<Free> {
         let durable = self.durable;
         let mut ready = Vec::new();
         self.waiting.retain(|free| {
-            let take = free.generation <= durable && is_over(free.stamp);
+            let take = free.generation <= durable && free.stamp <= settled;
             if take {
                 ready.push(*free);
             }

@@ -285,10 +285,11 @@ impl Image {
         if waits {
             self.flush_file().await?;
         }
-        let ready = self
-            .meta()
-            .frees
-            .take_ready(|stamp| self.pins.is_over(stamp));
+        if self.meta().frees.len() == 0 {
+            return Ok(());
+        }
+        let settled = self.pins.settle();
+        let ready = self.meta().frees.take_ready(settled);
         let mut left = ready.into_iter();
         while let Some(free) = left.next() {
             if let Err((errno, rest)) = self.release(free).await {
