@@ -22,7 +22,7 @@ const BLOCK: u64 = 4096;
 const NULL_SIZE: u64 = 1 << 30;
 /// The disk over a file.
 const FILE_SIZE: u64 = 128 << 20;
-const ROUNDS: usize = 300;
+const ROUNDS: usize = 25;
 const REQUESTS: u64 = 20_000;
 
 #[derive(Clone, Copy, PartialEq)]
