@@ -114,7 +114,9 @@ pub fn enable(text: &str, origin: &Origin) -> Result<Outcome, Error> {
             None => (pattern.as_str(), true),
         };
         if !can_match(glob) {
-            origin.warning(&format!("trace event '{glob}' does not exist"), None);
+            if !glob.contains(['*', '?']) {
+                origin.warning(&format!("trace event '{glob}' does not exist"), None);
+            }
             continue;
         }
         selection.patterns.push(Pattern {

@@ -6,6 +6,7 @@ mod bad_images;
 mod bad_input;
 mod bitmaps;
 mod content;
+mod conversation;
 mod crash;
 mod exerciser;
 mod file_systems;

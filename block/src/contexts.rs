@@ -2,10 +2,10 @@
 //!
 //! Lives on the control thread.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 
-use stord_aio::{Context, ContextConfig, PollParams};
+use stord_aio::{Context, ContextConfig, PollParams, PoolLimits};
 use stord_qmp::Error;
 
 /// Exports that ask for several contexts without naming them share at most this many.
@@ -16,6 +16,8 @@ pub struct Contexts {
     main: Context,
     shared: RefCell<Vec<Context>>,
     iothreads: RefCell<Vec<IoThread>>,
+    /// The batch size and pool limits of the contexts that are no iothreads.
+    main_loop: Cell<(u32, PoolLimits)>,
 }
 
 struct IoThread {
@@ -34,6 +36,7 @@ impl Contexts {
             main: Context::start(config("io-main"))?,
             shared: RefCell::default(),
             iothreads: RefCell::default(),
+            main_loop: Cell::new((0, PoolLimits::DEFAULT)),
         })
     }
 
@@ -52,21 +55,43 @@ impl Contexts {
         let mut shared = self.shared.borrow_mut();
         while shared.len() + 1 < wanted {
             let name = format!("io-{}", shared.len() + 1);
-            shared.push(Context::start(config(&name))?);
+            let (batch, pool) = self.main_loop.get();
+            shared.push(Context::start(ContextConfig {
+                batch,
+                pool,
+                ..config(&name)
+            })?);
         }
         Ok(std::iter::once(self.main())
             .chain(shared.iter().take(wanted - 1).cloned())
             .collect())
     }
 
+    /// Sets, for every context that is no iothread, the most operations it submits at once, 0 being its own choice, and the limits of
+    /// its blocking jobs.
+    pub fn set_main_loop(&self, batch: u32, pool: PoolLimits) {
+        self.main_loop.set((batch, pool));
+        for context in std::iter::once(&self.main).chain(self.shared.borrow().iter()) {
+            context.set_batch(batch);
+            context.set_pool_limits(pool);
+        }
+    }
+
     /// Starts the context of an `iothread` object; `batch` is the most operations it submits at once, 0 its own choice.
     ///
     /// # Errors
     /// The thread cannot be started.
-    pub fn add_iothread(&self, id: &str, poll: PollParams, batch: u32) -> Result<(), Error> {
+    pub fn add_iothread(
+        &self,
+        id: &str,
+        poll: PollParams,
+        batch: u32,
+        pool: PoolLimits,
+    ) -> Result<(), Error> {
         let context = Context::start(ContextConfig {
             poll,
             batch,
+            pool,
             ..config(&format!("IO {id}"))
         })
         .map_err(|source| Error::generic(format!("Could not start iothread '{id}': {source}")))?;
@@ -76,6 +101,14 @@ impl Contexts {
             users: 0,
         });
         Ok(())
+    }
+
+    /// Whether there is such an `iothread` object.
+    pub fn has_iothread(&self, id: &str) -> bool {
+        self.iothreads
+            .borrow()
+            .iter()
+            .any(|iothread| iothread.id == id)
     }
 
     /// The context of an `iothread` object, which cannot be removed until [`release`](Self::release).

@@ -186,6 +186,12 @@ pub trait Protocol: Send + Sync {
         Err(Error::generic("The driver does not support reopening"))
     }
 
+    /// Takes note that others may have changed the storage: forgets what is cached of it, and gives its length. Comes when the node
+    /// becomes active, in a drained section.
+    fn refresh<'a>(&'a self) -> Pin<Box<dyn Future<Output = Result<u64, Error>> + 'a>> {
+        Box::pin(async { Ok(self.length()) })
+    }
+
     /// The file name that leads here, as `query-named-block-nodes` reports it.
     fn filename(&self) -> String;
 
@@ -402,7 +408,17 @@ pub trait Format: Send + Sync {
         storage_claim(child, wanted, shared, writable)
     }
 
-    /// Called when the node closes, after its last request: writes everything out and leaves the image clean.
+    /// Changes what the image calls its backing file, and the format of that; `None` for no backing file.
+    fn change_backing_file<'a>(
+        &'a self,
+        name: Option<String>,
+        format: Option<String>,
+    ) -> IoFuture<'a> {
+        let _ = (name, format);
+        Box::pin(async { Err(Errno::ENOTSUP) })
+    }
+
+    /// Called when the node closes or becomes inactive, after its last request: writes everything out and leaves the image clean.
     fn close<'a>(&'a self) -> IoFuture<'a> {
         Box::pin(async { Ok(()) })
     }

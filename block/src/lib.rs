@@ -28,7 +28,7 @@ pub mod fuzzing {
     pub use crate::drivers::format::qcow2::fuzzing::*;
 }
 
-pub use backend::{Backend, BackendListener, Bypass, Total, Totals};
+pub use backend::{Backend, BackendListener, Bypass, Failure, Failures, Total, Totals};
 pub use contexts::Contexts;
 pub use driver::{BlockStatus, ZeroFlags};
 pub use graph::{Graph, Permissions};

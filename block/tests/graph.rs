@@ -368,7 +368,7 @@ async fn a_window_shows_its_part_and_keeps_its_size() {
     );
     assert_eq!(
         message(world.graph.resize("w", 4096).await),
-        "Image format driver does not support resize"
+        "Cannot resize fixed-size raw disks"
     );
     let odd = json!({"driver": "raw", "node-name": "o", "size": 1000, "file": "f"});
     assert_eq!(
@@ -608,9 +608,9 @@ async fn requests_are_counted_at_the_node_they_enter() {
         .unwrap()
         .unwrap();
     let all = world.graph.query_blockstats();
-    let raw = &all[0];
+    let raw = &all[1];
     let names: Vec<_> = all.iter().map(|stats| stats.node_name.as_deref()).collect();
-    assert_eq!(names, [Some("r"), Some("f")]);
+    assert_eq!(names, [Some("f"), Some("r")]);
     let stats = &raw.stats;
     assert_eq!(
         (stats.wr_operations, stats.wr_bytes, stats.wr_highest_offset),
@@ -749,7 +749,7 @@ async fn a_reopening_that_fails_changes_nothing() {
         ),
         (
             json!({"driver": "raw", "node-name": "r", "file": "r"}),
-            "Making 'r' a child of 'r' would create a cycle",
+            "Making 'r' a file child of 'r' would create a cycle",
         ),
     ] {
         assert_eq!(message(world.reopen(json!([options])).await), text);

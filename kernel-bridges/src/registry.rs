@@ -159,17 +159,27 @@ impl ExportRegistry {
         if let BlockExportKind::Nbd(nbd) = &options.kind {
             self.check_nbd(nbd, &entry.node_name)?;
         }
+        let allow_inactive = options.allow_inactive.unwrap_or(false);
+        match &options.kind {
+            BlockExportKind::Fuse(_) if allow_inactive => {
+                return Err(Error::generic(
+                    "Export type does not support inactive exports",
+                ));
+            }
+            BlockExportKind::Fuse(_) | BlockExportKind::Nbd(_) => {}
+        }
         let queues = match &options.kind {
             BlockExportKind::Fuse(fuse) => fuse.num_queues,
             BlockExportKind::Nbd(_) => None,
         };
-        let placement = self.place(options.iothread.as_ref(), queues)?;
+        let iothreads = self.iothreads_of(options)?;
+        let placement = self.place(iothreads.as_ref(), queues)?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
             BlockExportKind::Nbd(_) => false,
             BlockExportKind::Fuse(fuse) => writable && fuse.growable.unwrap_or(false),
         };
-        let attached = self.attach(&options.node_name, &options.id, writable, growable);
+        let attached = self.attach(options, writable, growable);
         let backend = match attached.await {
             Ok(backend) => backend,
             Err(error) => {
@@ -226,6 +236,20 @@ impl ExportRegistry {
         };
         let (export, ended) = FuseExport::start(&options, &parts.contexts).await?;
         Ok((Rc::new(export), ended))
+    }
+
+    /// The iothreads that the user wants: for this export, or for its node.
+    fn iothreads_of(
+        &self,
+        options: &BlockExportOptions,
+    ) -> Result<Option<BlockExportIothreads>, Error> {
+        if options.iothread.is_some() {
+            return Ok(options.iothread.clone());
+        }
+        let of_node = self.graph.iothread_of(&options.node_name)?;
+        // The object may be gone by now.
+        let of_node = of_node.filter(|id| self.contexts.has_iothread(id));
+        Ok(of_node.map(BlockExportIothreads::Single))
     }
 
     /// Chooses the contexts of an export, one for each queue: those named, or as many as there are processors, at most the default.
@@ -285,16 +309,46 @@ impl ExportRegistry {
 
     async fn attach(
         &self,
-        node_name: &str,
-        id: &str,
+        options: &BlockExportOptions,
         writable: bool,
         growable: bool,
     ) -> Result<Backend, Error> {
+        let claim = self.claim(&options.node_name, writable, growable)?;
+        if !options.allow_inactive.unwrap_or(false) {
+            return self
+                .attach_active(&options.node_name, &options.id, claim)
+                .await;
+        }
+        let description = description(&options.id);
+        let attached = self
+            .graph
+            .attach_even_inactive(&options.node_name, &description, claim);
+        let backend = attached.await?;
+        self.graph.report_failures(&backend, &options.id);
+        Ok(backend)
+    }
+
+    /// Attaches to a node, which becomes active for that.
+    async fn attach_active(
+        &self,
+        node_name: &str,
+        id: &str,
+        claim: Claim,
+    ) -> Result<Backend, Error> {
+        self.graph.activate(node_name).await?;
+        let description = description(id);
+        let attached = self.graph.attach(node_name, &description, claim);
+        let backend = attached.await?;
+        self.graph.report_failures(&backend, id);
+        Ok(backend)
+    }
+
+    /// What an export claims of its node.
+    fn claim(&self, node_name: &str, writable: bool, growable: bool) -> Result<Claim, Error> {
         let node = self.graph.find(node_name)?;
         if writable && node.is_read_only() {
             return Err(Error::generic("Cannot export read-only node as writable"));
         }
-        drop(node);
         let mut permissions = Permissions::CONSISTENT_READ;
         if writable {
             permissions |= Permissions::WRITE;
@@ -302,11 +356,10 @@ impl ExportRegistry {
         if growable {
             permissions |= Permissions::RESIZE;
         }
-        let claim = Claim {
+        Ok(Claim {
             permissions,
             shared: Permissions::all(),
-        };
-        self.graph.attach(node_name, &description(id), claim).await
+        })
     }
 
     /// Changes the length of the export's node when its users ask for it, as long as the export lives.
@@ -403,11 +456,12 @@ impl ExportRegistry {
         true
     }
 
-    /// The exports, in the order of their creation.
+    /// The exports, the newest first.
     pub fn query(&self) -> Vec<BlockExportInfo> {
         let exports = self.exports.borrow();
         exports
             .iter()
+            .rev()
             .map(|entry| BlockExportInfo {
                 id: entry.id.clone(),
                 r#type: entry.kind,

@@ -21,6 +21,7 @@ pub mod introspect;
 pub mod json;
 pub mod keyval;
 pub mod opts;
+pub mod order;
 pub mod schema;
 pub mod session;
 pub mod visitor;

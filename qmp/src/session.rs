@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, ErrorClass};
 use crate::event::Event;
 use crate::json::{self, Reader};
+use crate::order;
 use crate::schema::control::{QmpCapabilities, QmpCapability, VersionInfo};
 use crate::{from_json, to_json};
 
@@ -186,7 +187,7 @@ impl State {
                 return Err(Error::generic(message));
             }
         };
-        if let Some(name) = members.keys().next() {
+        if let Some(name) = members.keys().min_by_key(|name| order::rank(name)) {
             let message = format!("QMP input member '{name}' is unexpected");
             return Err(Error::generic(message));
         }

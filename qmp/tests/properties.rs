@@ -29,6 +29,7 @@ fn file() -> impl Strategy<Value = BlockdevOptionsFile> {
                 aio,
                 aio_max_batch,
                 drop_cache,
+                ..BlockdevOptionsFile::new("")
             },
         )
 }

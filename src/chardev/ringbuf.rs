@@ -103,6 +103,9 @@ impl AsyncWrite for Writer {
     }
 }
 
+/// How a NUL in text is kept apart from the end of the text, as in the reference.
+const NUL: &[u8] = &[0xc0, 0x80];
+
 /// Adds to a buffer.
 ///
 /// # Errors
@@ -110,7 +113,10 @@ impl AsyncWrite for Writer {
 pub fn write(chardevs: &Chardevs, arguments: &RingbufWrite) -> Result<(), Error> {
     with_ring(chardevs, &arguments.device, |ring| {
         match arguments.format.unwrap_or(DataFormat::Utf8) {
-            DataFormat::Utf8 => ring.push(arguments.data.as_bytes()),
+            DataFormat::Utf8 => {
+                let parts = arguments.data.split('\0').map(str::as_bytes);
+                ring.push(&parts.collect::<Vec<_>>().join(NUL));
+            }
             DataFormat::Base64 => ring.push(&base64::decode(&arguments.data)?),
         }
         Ok(())
@@ -133,7 +139,15 @@ pub fn read(chardevs: &Chardevs, arguments: &RingbufRead) -> Result<String, Erro
             DataFormat::Base64 => base64::encode(&bytes),
             DataFormat::Utf8 => {
                 let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-                String::from_utf8_lossy(text).into_owned()
+                let mut whole = String::new();
+                let mut rest = text;
+                while let Some(at) = rest.windows(NUL.len()).position(|bytes| bytes == NUL) {
+                    let (part, after) = rest.split_at(at);
+                    whole += &String::from_utf8_lossy(part);
+                    whole.push('\0');
+                    rest = after.get(NUL.len()..).unwrap_or_default();
+                }
+                whole + &String::from_utf8_lossy(rest)
             }
         })
     })

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::Value;
 use stord_aio::Errno;
-use stord_block::drivers::filename;
+use stord_block::drivers::description;
 use stord_block::graph::Claim;
 use stord_block::{Backend, Contexts, Detail, Location, Permissions};
 use stord_qmp::Error;
@@ -226,7 +226,7 @@ fn write_json(stream: &mut impl Write, part: &Part) -> io::Result<()> {
         location.compressed,
     )?;
     if let Some(place) = &location.place {
-        let name = Value::from(filename::of_node(&place.file));
+        let name = Value::from(description::of_leaf(&place.file));
         write!(
             stream,
             ", \"offset\": {}, \"filename\": {name}",
@@ -245,7 +245,7 @@ fn write_line(stream: &mut impl Write, part: &Part) -> io::Result<()> {
     let (place, name) = match &location.place {
         Some(place) => (
             format!("{:#x}", place.offset),
-            filename::of_node(&place.file),
+            description::of_leaf(&place.file),
         ),
         None if location.compressed => ("compressed".to_owned(), String::new()),
         None => (String::new(), String::new()),

@@ -89,23 +89,14 @@ async fn resize(daemon: &Daemon, arguments: BlockResize) -> Result<(), Error> {
         node_name,
         size,
     } = arguments;
-    let node = match (device, node_name) {
-        (None, Some(node)) => node,
-        // Devices are what QEMU's guests have; only their nodes exist here, under another name.
-        (Some(device), None) => {
-            return Err(Error::generic(format!(
-                "Cannot find device='{device}' nor node-name=''"
-            )));
-        }
-        (Some(device), Some(node)) => {
-            return Err(Error::generic(format!(
-                "Cannot find device='{device}' nor node-name='{node}'"
-            )));
-        }
-        (None, None) => {
-            return Err(Error::generic("Cannot find device='' nor node-name=''"));
-        }
-    };
+    // Devices are what QEMU's guests have; only their nodes exist here, under another name.
+    let device = device.unwrap_or_default();
+    let node = node_name.unwrap_or_default();
+    if daemon.graph.find(&node).is_err() {
+        return Err(Error::generic(format!(
+            "Cannot find device='{device}' nor node-name='{node}'"
+        )));
+    }
     let size =
         u64::try_from(size).map_err(|_| Error::generic("Parameter 'size' expects a >0 size"))?;
     daemon.graph.resize(&node, size).await

@@ -2,15 +2,21 @@
 
 use std::rc::Rc;
 
+use nix::errno::Errno;
 use stord_block::graph::BlockEvent;
+use stord_block::{Failure, Failures};
 use stord_qmp::command::Registry;
-use stord_qmp::schema::block::BlockdevReopen;
+use stord_qmp::schema::block::{
+    BlockdevReopen, BlockdevSetActive, BlockdevSetIothread, ChangeBackingFile, StrOrNull,
+};
 use stord_qmp::schema::statistics::{
-    BlockImageCorrupted, BlockInfo, BlockSetWriteThreshold, BlockWriteThreshold, QueryBlockstats,
+    BlockErrorAction, BlockImageCorrupted, BlockInfo, BlockIoError, BlockSetWriteThreshold,
+    BlockWriteThreshold, IoOperationType, QueryBlockstats,
 };
 use stord_qmp::{Error, Event};
 
 use crate::daemon::Daemon;
+use crate::report::reason;
 
 /// Adds the commands and the events.
 pub fn add(registry: &mut Registry<Daemon>) {
@@ -20,6 +26,38 @@ pub fn add(registry: &mut Registry<Daemon>) {
     });
     registry.add_event::<BlockWriteThreshold>();
     registry.add_event::<BlockImageCorrupted>();
+    registry.add_event::<BlockIoError>();
+    registry.add(
+        "blockdev-set-active",
+        |daemon: Rc<Daemon>, arguments: BlockdevSetActive| async move {
+            let BlockdevSetActive { node_name, active } = arguments;
+            daemon.graph.set_active(node_name.as_deref(), active).await
+        },
+    );
+    registry
+        .add(
+            "x-blockdev-set-iothread",
+            |daemon: Rc<Daemon>, arguments: BlockdevSetIothread| async move {
+                let BlockdevSetIothread {
+                    node_name,
+                    iothread,
+                    force,
+                } = arguments;
+                let iothread = match &iothread {
+                    StrOrNull::S(id) => Some(id.as_str()),
+                    StrOrNull::Null => None,
+                };
+                let force = force.unwrap_or(false);
+                daemon.graph.set_iothread(&node_name, iothread, force)
+            },
+        )
+        .features(&["unstable"]);
+    registry.add(
+        "change-backing-file",
+        |daemon: Rc<Daemon>, arguments: ChangeBackingFile| async move {
+            daemon.graph.change_backing_file(&arguments).await
+        },
+    );
     registry.add(
         "blockdev-reopen",
         |daemon: Rc<Daemon>, BlockdevReopen { options }| async move {
@@ -58,6 +96,22 @@ pub fn add(registry: &mut Registry<Daemon>) {
     );
 }
 
+fn failed(failures: &Failures, failure: Failure) -> Event {
+    let is_full = failure.errno == Errno::ENOSPC;
+    Event::new(&BlockIoError {
+        qom_path: String::new(),
+        device: failures.id().to_owned(),
+        node_name: Some(failures.node_name().to_owned()),
+        operation: match failure.is_write {
+            true => IoOperationType::Write,
+            false => IoOperationType::Read,
+        },
+        action: BlockErrorAction::Report,
+        nospace: Some(is_full),
+        reason: reason(&failure.errno.into()),
+    })
+}
+
 /// Tells the monitors what happens in the graph by itself. Needs a tokio `LocalSet`.
 ///
 /// # Errors
@@ -93,6 +147,10 @@ pub fn report_events(daemon: &Daemon) -> Result<(), Error> {
                     amount_exceeded: exceeded,
                     write_threshold: threshold,
                 }),
+                BlockEvent::Failed(failures) => match failures.take() {
+                    Some(failure) => failed(&failures, failure),
+                    None => continue,
+                },
             });
         }
     });

@@ -14,9 +14,10 @@ use super::events::Dated;
 /// How long events about the same thing are held back.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Events that are limited, and the member of their data that says what they are about.
+/// Events that are limited, and the member of their data that says what they are about. The reference goes by the
+/// `qom-path` of errors, which exports do not have.
 const LIMITED: &[(&str, Option<&str>)] = &[
-    ("BLOCK_IO_ERROR", Some("qom-path")),
+    ("BLOCK_IO_ERROR", Some("node-name")),
     ("QUORUM_FAILURE", None),
     ("QUORUM_REPORT_BAD", Some("node-name")),
 ];

@@ -120,6 +120,12 @@ impl Client {
                 () = service.shutdown.requested(), if !stopped => Next::Shutdown,
             };
             events_ended |= matches!(next, Next::Event(None));
+            if matches!(next, Next::Finished(_)) {
+                // Those that the command caused while it ran.
+                while let Ok(dated) = events.try_recv() {
+                    self.take(service, Next::Event(Some(dated)), &buffer);
+                }
+            }
             self.take(service, next, &buffer);
         }
     }

@@ -1,11 +1,10 @@
-//! What every event loop has: the size of a batch of requests, and its pool of blocking threads.
-//!
-//! The pool of blocking threads is one for the whole process, so its limits can only be what they
-//! are. A batch has its size from the start.
+//! What every event loop has: the size of a batch of requests, and the limits of its pool of blocking
+//! threads. A change is in force at once; one that is refused changes nothing.
 
 use std::cell::Cell;
 
 use serde_json::Value;
+use stord_aio::PoolLimits;
 use stord_qmp::schema::object::EventLoopBaseProperties;
 use stord_qmp::{Error, from_json_member};
 
@@ -23,56 +22,83 @@ pub const CLASS: Class = Class {
     ],
 };
 
-const POOL_MIN: i64 = 0;
-const POOL_MAX: i64 = 64;
-
 /// The properties of an event loop, each in its range.
-pub struct EventLoop {
+pub struct EventLoop(Cell<Values>);
+
+#[derive(Clone, Copy)]
+struct Values {
     batch: i64,
-    pool: Cell<(i64, i64)>,
+    pool_min: i64,
+    pool_max: i64,
+}
+
+impl Values {
+    fn check(&self) -> Result<(), Error> {
+        let limit = i64::from(i32::MAX);
+        let is_good = self.pool_min <= self.pool_max && (1..=limit).contains(&self.pool_max);
+        match is_good {
+            true => Ok(()),
+            false => Err(Error::generic("bad thread-pool-min/thread-pool-max values")),
+        }
+    }
 }
 
 impl EventLoop {
     /// Takes what was asked for.
     ///
     /// # Errors
-    /// A property is out of range, or not what the process's pool is.
+    /// A property is out of range.
     pub fn new(properties: &EventLoopBaseProperties) -> Result<Self, Error> {
         let EventLoopBaseProperties {
             aio_max_batch,
             thread_pool_min,
             thread_pool_max,
         } = *properties;
-        let event_loop = Self {
-            batch: non_negative("aio-max-batch", aio_max_batch.unwrap_or(0))?,
-            pool: Cell::new((POOL_MIN, POOL_MAX)),
+        let PoolLimits { min, max } = PoolLimits::DEFAULT;
+        let or_default = |value: Option<i64>, default: usize| {
+            value.unwrap_or(i64::try_from(default).unwrap_or(i64::MAX))
         };
-        let min = non_negative("thread-pool-min", thread_pool_min.unwrap_or(POOL_MIN))?;
-        let max = non_negative("thread-pool-max", thread_pool_max.unwrap_or(POOL_MAX))?;
-        event_loop.set_pool(min, max)?;
-        Ok(event_loop)
+        let values = Values {
+            batch: non_negative("aio-max-batch", aio_max_batch.unwrap_or(0))?,
+            pool_min: non_negative("thread-pool-min", or_default(thread_pool_min, min))?,
+            pool_max: non_negative("thread-pool-max", or_default(thread_pool_max, max))?,
+        };
+        values.check()?;
+        Ok(Self(Cell::new(values)))
     }
 
     /// The most requests submitted in one batch; 0 leaves it to the I/O engine.
     pub fn batch(&self) -> u32 {
-        u32::try_from(self.batch).unwrap_or(u32::MAX)
+        u32::try_from(self.0.get().batch).unwrap_or(u32::MAX)
+    }
+
+    /// The limits of the pool of blocking threads.
+    pub fn pool(&self) -> PoolLimits {
+        let Values {
+            pool_min, pool_max, ..
+        } = self.0.get();
+        let count = |value| usize::try_from(value).unwrap_or(usize::MAX);
+        PoolLimits {
+            min: count(pool_min),
+            max: count(pool_max),
+        }
     }
 
     /// The value of a property of [`CLASS`].
     pub fn get(&self, property: &str) -> Option<Value> {
-        let (min, max) = self.pool.get();
+        let values = self.0.get();
         match property {
-            "aio-max-batch" => Some(self.batch.into()),
-            "thread-pool-min" => Some(min.into()),
-            "thread-pool-max" => Some(max.into()),
+            "aio-max-batch" => Some(values.batch.into()),
+            "thread-pool-min" => Some(values.pool_min.into()),
+            "thread-pool-max" => Some(values.pool_max.into()),
             _ => None,
         }
     }
 
-    /// Changes a property of [`CLASS`].
+    /// Changes a property of [`CLASS`]; what it is now has to be put into force by the caller.
     ///
     /// # Errors
-    /// It is out of range, or cannot be changed to that.
+    /// It is out of range.
     pub fn set(&self, property: &str, value: Value) -> Option<Result<(), Error>> {
         let known = CLASS.properties.iter().any(|known| known.name == property);
         known.then(|| self.change(property, value))
@@ -80,27 +106,14 @@ impl EventLoop {
 
     fn change(&self, property: &str, value: Value) -> Result<(), Error> {
         let value = non_negative(property, from_json_member(property, value)?)?;
-        let (min, max) = self.pool.get();
+        let mut values = self.0.get();
         match property {
-            "thread-pool-min" => self.set_pool(value, max),
-            "thread-pool-max" => self.set_pool(min, value),
-            _ if value == self.batch => Ok(()),
-            _ => Err(Error::generic(format!(
-                "Parameter '{property}' cannot be changed by stord yet"
-            ))),
+            "thread-pool-min" => values.pool_min = value,
+            "thread-pool-max" => values.pool_max = value,
+            _ => values.batch = value,
         }
-    }
-
-    fn set_pool(&self, min: i64, max: i64) -> Result<(), Error> {
-        if min > max || max == 0 {
-            return Err(Error::generic("bad thread-pool-min/thread-pool-max values"));
-        }
-        if (min, max) != (POOL_MIN, POOL_MAX) {
-            return Err(Error::generic(
-                "Parameters 'thread-pool-min' and 'thread-pool-max' are not supported by stord yet",
-            ));
-        }
-        self.pool.set((min, max));
+        values.check()?;
+        self.0.set(values);
         Ok(())
     }
 }

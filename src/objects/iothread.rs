@@ -1,4 +1,4 @@
-//! `iothread`: a thread that serves I/O. How it polls can be changed while it works.
+//! `iothread`: a thread that serves I/O. How it does that can be changed while it works.
 
 use std::rc::Rc;
 
@@ -54,7 +54,7 @@ impl Iothread {
             shrink: parameter("poll-shrink", properties.poll_shrink, 0)?,
         };
         let event_loop = EventLoop::new(&properties.event_loop)?;
-        contexts.add_iothread(id, poll, event_loop.batch())?;
+        contexts.add_iothread(id, poll, event_loop.batch(), event_loop.pool())?;
         let context = contexts.acquire(id)?;
         // Only the work that it is given keeps it from being removed.
         contexts.release(id);
@@ -84,7 +84,10 @@ impl Object for Iothread {
 
     fn set(&self, property: &str, value: Value) -> Result<(), Error> {
         if let Some(result) = self.event_loop.set(property, value.clone()) {
-            return result;
+            result?;
+            self.context.set_batch(self.event_loop.batch());
+            self.context.set_pool_limits(self.event_loop.pool());
+            return Ok(());
         }
         let value = non_negative(property, from_json_member(property, value)?)?.cast_unsigned();
         let mut poll = self.context.polling();

@@ -1,7 +1,10 @@
-//! `main-loop`: the thread that serves everything that is not I/O. There is at most one such object,
-//! and it stays.
+//! `main-loop`: the threads that serve what no iothread serves. There is at most one such object, and
+//! it stays.
+
+use std::rc::Rc;
 
 use serde_json::Value;
+use stord_block::Contexts;
 use stord_qmp::Error;
 use stord_qmp::schema::object::EventLoopBaseProperties;
 
@@ -20,23 +23,25 @@ pub const CLASS: Class = Class {
 /// The main loop.
 pub struct MainLoop {
     id: String,
+    contexts: Rc<Contexts>,
     event_loop: EventLoop,
 }
 
 impl MainLoop {
-    /// Takes the properties of the loop that runs already.
+    /// Gives the loop that runs already these properties.
     ///
     /// # Errors
-    /// One is out of range, or not what the loop can do.
-    pub fn new(id: &str, properties: &EventLoopBaseProperties) -> Result<Self, Error> {
+    /// One is out of range.
+    pub fn new(
+        id: &str,
+        properties: &EventLoopBaseProperties,
+        contexts: &Rc<Contexts>,
+    ) -> Result<Self, Error> {
         let event_loop = EventLoop::new(properties)?;
-        if event_loop.batch() != 0 {
-            return Err(Error::generic(
-                "Parameter 'aio-max-batch' of the main loop is not supported by stord yet",
-            ));
-        }
+        contexts.set_main_loop(event_loop.batch(), event_loop.pool());
         Ok(Self {
             id: id.to_owned(),
+            contexts: Rc::clone(contexts),
             event_loop,
         })
     }
@@ -53,7 +58,10 @@ impl Object for MainLoop {
 
     fn set(&self, property: &str, value: Value) -> Result<(), Error> {
         let result = self.event_loop.set(property, value);
-        result.unwrap_or_else(|| Err(unknown(&CLASS, property)))
+        result.unwrap_or_else(|| Err(unknown(&CLASS, property)))?;
+        let (batch, pool) = (self.event_loop.batch(), self.event_loop.pool());
+        self.contexts.set_main_loop(batch, pool);
+        Ok(())
     }
 
     fn close(&self) -> Result<(), Error> {

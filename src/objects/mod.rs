@@ -157,7 +157,7 @@ impl Objects {
                 if self.by_id.borrow().values().any(is_main_loop) {
                     return Err(Error::generic("only one main-loop instance allowed"));
                 }
-                Rc::new(main_loop::MainLoop::new(id, &properties)?)
+                Rc::new(main_loop::MainLoop::new(id, &properties, &self.contexts)?)
             }
             ObjectKind::Secret(properties) => {
                 self.credentials.insert(id, Credential::Secret(None));

@@ -5,11 +5,12 @@
 //! I/O context, and everything they do happens there.
 
 mod bypass;
+mod failures;
 mod gate;
 mod statistics;
 
-use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use arc_swap::ArcSwapOption;
@@ -21,6 +22,7 @@ use crate::graph::{Claim, Node, Permissions};
 use crate::io::{self, Detail, Location};
 
 pub use bypass::Bypass;
+pub use failures::{Failure, Failures};
 pub(crate) use gate::Gate;
 use gate::Ticket;
 use statistics::Kind;
@@ -47,6 +49,11 @@ pub(crate) struct Root {
     node: ArcSwapOption<Node>,
     /// The permissions and, in the upper byte, what is shared.
     claim: AtomicU16,
+    /// The claim is given up while the node is inactive.
+    suspended: AtomicBool,
+    /// The user goes along with the node becoming inactive although it writes.
+    allows_inactive: AtomicBool,
+    failures: OnceLock<Failures>,
     gate: Gate,
     /// How many read the file themselves.
     bypasses: AtomicUsize,
@@ -67,6 +74,9 @@ impl Root {
     }
 
     pub(crate) fn claim(&self) -> Claim {
+        if self.suspended.load(Ordering::Acquire) {
+            return Claim::NONE;
+        }
         let [permissions, shared] = self.claim.load(Ordering::Acquire).to_le_bytes();
         Claim {
             permissions: Permissions::from_bits_retain(permissions),
@@ -77,6 +87,21 @@ impl Root {
     pub(crate) fn set_claim(&self, claim: Claim) {
         let packed = u16::from_le_bytes([claim.permissions.bits(), claim.shared.bits()]);
         self.claim.store(packed, Ordering::Release);
+    }
+
+    /// Gives the claim up, or takes it up again, which has to be planned for first.
+    pub(crate) fn suspend(&self, suspended: bool) {
+        self.suspended.store(suspended, Ordering::Release);
+    }
+
+    pub(crate) fn allow_inactive(&self) {
+        self.allows_inactive.store(true, Ordering::Release);
+    }
+
+    /// Whether the node may become inactive as far as this user goes.
+    pub(crate) fn lets_inactivate(&self) -> bool {
+        self.allows_inactive.load(Ordering::Acquire)
+            || !self.claim().permissions.intersects(Permissions::WRITABLE)
     }
 
     pub(crate) fn totals(&self) -> Totals {
@@ -105,6 +130,9 @@ impl Backend {
             name,
             node: ArcSwapOption::from(Some(node)),
             claim: AtomicU16::new(0),
+            suspended: AtomicBool::new(false),
+            allows_inactive: AtomicBool::new(false),
+            failures: OnceLock::new(),
             gate: Gate::default(),
             bypasses: AtomicUsize::new(0),
             listener: Mutex::new(None),
@@ -138,6 +166,11 @@ impl Backend {
             .unwrap_or_else(PoisonError::into_inner) = Some(listener);
     }
 
+    /// Whether the node may be used; while it may not, writes get `EPERM`.
+    pub fn is_active(&self) -> bool {
+        self.0.node().is_none_or(|node| node.is_active())
+    }
+
     /// The length in bytes.
     pub fn size(&self) -> u64 {
         self.0.node().map_or(0, |node| node.size())
@@ -161,11 +194,17 @@ impl Backend {
         self.0.node().is_some_and(|node| node.options().discard)
     }
 
+    pub(crate) fn report_failures(&self, failures: Failures) {
+        // Whoever came first keeps being told.
+        let _ = self.0.failures.set(failures);
+    }
+
     pub(crate) async fn start(&self) -> Result<Request<'_>, Errno> {
         let ticket = self.0.gate.enter().await;
         let node = self.0.node().ok_or(Errno::ENOMEDIUM)?;
         let begun = Instant::now();
         Ok(Request {
+            root: &self.0,
             ticket,
             node,
             begun,
@@ -177,6 +216,7 @@ impl Backend {
         let node = self.0.node()?;
         let begun = Instant::now();
         Some(Request {
+            root: &self.0,
             ticket,
             node,
             begun,
@@ -335,6 +375,7 @@ impl Backend {
 
 /// A request that has been counted in.
 pub(crate) struct Request<'a> {
+    root: &'a Root,
     ticket: Ticket<'a>,
     pub(crate) node: Arc<Node>,
     begun: Instant,
@@ -353,6 +394,11 @@ impl Request<'_> {
         self.ticket
             .statistics()
             .account(kind, len, self.begun, result);
+        if let Err(errno) = result
+            && let Some(failures) = self.root.failures.get()
+        {
+            failures.report(kind, errno);
+        }
         result
     }
 }

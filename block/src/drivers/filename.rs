@@ -11,18 +11,13 @@ use stord_qmp::{Error, from_json};
 
 use super::format::Probed;
 use super::protocol::nbd::uri;
-use crate::driver::{Driver, FILE};
-use crate::graph::Node;
 
-/// The file name that leads to a node: that of its leaf.
-pub fn of_node(node: &Node) -> String {
-    match node.driver() {
-        Driver::Protocol(leaf) => leaf.filename(),
-        Driver::Format(_) => node
-            .children()
-            .node(FILE)
-            .map_or_else(String::new, |file| of_node(&file)),
-    }
+/// The file name that an image stored in `base` means by `name`.
+///
+/// # Errors
+/// The protocol is unknown.
+pub fn full_name(name: &str, base: &str) -> Result<String, Error> {
+    resolve(name, Some(base))
 }
 
 /// Options that open what `name` says, with the driver `format` above it where one is given.

@@ -1,5 +1,6 @@
 //! The drivers, and the names that lead to them.
 
+pub mod description;
 pub mod filename;
 pub mod format;
 pub mod protocol;

@@ -78,7 +78,19 @@ impl Plan {
             if permissions.intersects(Permissions::WRITABLE | Permissions::RESIZE)
                 && node.is_read_only()
             {
-                return Err(Error::generic("Block node is read-only"));
+                let message = match permissions.intersects(Permissions::WRITABLE) {
+                    true => "Block node is read-only",
+                    false => "Image is read-only",
+                };
+                return Err(Error::generic(message));
+            }
+            let active = node.is_active();
+            let writing = permissions & (Permissions::WRITABLE | Permissions::RESIZE);
+            if !active && !writing.is_empty() {
+                return Err(Error::generic(format!(
+                    "Permission '{}' unavailable on inactive node",
+                    writing.names()
+                )));
             }
             match node.driver() {
                 Driver::Protocol(leaf) => {
@@ -92,8 +104,11 @@ impl Plan {
                 }
                 Driver::Format(format) => {
                     for (id, _) in (0u8..).map(ChildId).zip(node.children().edges()) {
-                        let mut claim =
-                            format.child_claim(id, permissions, shared, !node.is_read_only());
+                        let writable = active && !node.is_read_only();
+                        let mut claim = format.child_claim(id, permissions, shared, writable);
+                        if !active {
+                            claim.shared |= Permissions::WRITE | Permissions::RESIZE;
+                        }
                         if node.options().force_share {
                             claim.shared = Permissions::all();
                         }

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use stord_aio::sync::mpsc;
 
+use crate::backend::Failures;
+
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BlockEvent {
@@ -27,6 +29,8 @@ pub enum BlockEvent {
         /// The image is of no more use.
         fatal: bool,
     },
+    /// A request failed whose user wants that told.
+    Failed(Failures),
 }
 
 /// Where events go; clones lead to the same receiver.

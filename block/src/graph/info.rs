@@ -11,8 +11,8 @@ use stord_qmp::schema::node_info::{
 };
 
 use super::{DetectZeroes, Graph, Node};
-use crate::driver::{BACKING, Driver, FormatInfo};
-use crate::drivers::filename;
+use crate::driver::{BACKING, Driver, FILE, FormatInfo};
+use crate::drivers::{description, filename};
 use crate::io;
 
 const SECTOR: u64 = 512;
@@ -35,13 +35,13 @@ impl Graph {
         let options = node.options();
         let backing = node.children().node(BACKING);
         Ok(BlockDeviceInfo {
-            file: filename::of_node(node),
+            file: description::of_node(node),
             node_name: Some(node.name().to_owned()),
             ro: node.is_read_only(),
             drv: node.driver_name().to_owned(),
-            backing_file: backing.as_deref().map(filename::of_node),
+            backing_file: backing.as_deref().map(description::of_node),
             backing_file_depth: if flat { 0 } else { chain_depth(node) },
-            active: true,
+            active: node.is_active(),
             encrypted: false,
             detect_zeroes: match options.detect_zeroes {
                 DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
@@ -80,10 +80,7 @@ impl Graph {
     }
 
     async fn one_image_info(&self, node: &Arc<Node>) -> Result<ImageInfo, Error> {
-        let info = match node.driver() {
-            Driver::Format(format) => format.info(),
-            Driver::Protocol(_) => FormatInfo::default(),
-        };
+        let info = format_info(node);
         let size_of = Arc::clone(node);
         let allocated = self
             .contexts
@@ -91,15 +88,15 @@ impl Graph {
             .run(move || async move { io::allocated_size(&size_of).await })
             .await
             .map_err(|gone| Error::generic(gone.to_string()))?;
-        let full_backing_filename = match (&info.backing_file, node.children().node(BACKING)) {
-            (Some(_), Some(backing)) => Some(filename::of_node(&backing)),
-            (Some(name), None) => Some(name.clone()),
-            (None, _) => None,
-        };
+        let base = description::of_leaf(node);
+        let full_backing_filename = info
+            .backing_file
+            .as_ref()
+            .map(|name| filename::full_name(name, &base).unwrap_or_else(|_| name.clone()));
         Ok(ImageInfo {
-            filename: filename::of_node(node),
+            filename: description::of_node(node),
             format: node.driver_name().to_owned(),
-            dirty_flag: Some(info.dirty.unwrap_or(false)),
+            dirty_flag: has_driver_info(node).then_some(info.dirty.unwrap_or(false)),
             actual_size: allocated.ok().and_then(|size| i64::try_from(size).ok()),
             // The reference counts in sectors.
             virtual_size: i64::try_from(node.size().next_multiple_of(SECTOR)).unwrap_or(i64::MAX),
@@ -119,6 +116,36 @@ impl Graph {
 fn bitmaps_of(node: &Node) -> Option<Vec<BlockDirtyInfo>> {
     let bitmaps = node.bitmaps().list();
     (!bitmaps.is_empty()).then(|| bitmaps.iter().map(|bitmap| bitmap.info()).collect())
+}
+
+/// What a format tells of its image; one that is no more than a window tells what lies below it does.
+fn format_info(node: &Node) -> FormatInfo {
+    match node.driver() {
+        Driver::Format(_) if node.driver_name() == "raw" => {
+            let below = node.children().node(FILE);
+            let below = below.map(|file| format_info(&file)).unwrap_or_default();
+            FormatInfo {
+                cluster_size: below.cluster_size,
+                dirty: below.dirty,
+                snapshots: below.snapshots,
+                ..FormatInfo::default()
+            }
+        }
+        Driver::Format(format) => format.info(),
+        Driver::Protocol(_) => FormatInfo::default(),
+    }
+}
+
+/// Whether the reference's driver has anything to tell of the image: what lies on nothing does not.
+fn has_driver_info(node: &Node) -> bool {
+    match node.driver() {
+        Driver::Protocol(leaf) => leaf.identity().is_some(),
+        Driver::Format(_) if node.driver_name() == "raw" => {
+            let file = node.children().node(FILE);
+            file.is_some_and(|file| has_driver_info(&file))
+        }
+        Driver::Format(_) => true,
+    }
 }
 
 fn specific_of_leaf(node: &Node) -> Option<ImageInfoSpecific> {

@@ -3,12 +3,15 @@
 //! [`Graph`] lives on the control thread and is the only writer. Its changes are transactions: they prepare, and then either commit or
 //! leave everything as it was. What I/O contexts see of the graph (`edge`, [`crate::Backend`]) changes only in drained sections.
 
+mod activity;
+mod backing_name;
 mod bitmaps;
 mod claims;
 mod drain;
 mod edge;
 mod event;
 mod info;
+mod iothread;
 mod node;
 mod open;
 mod permission;
@@ -31,17 +34,20 @@ pub use bitmaps::{BitmapSource, NewBitmap};
 pub use claims::storage_claim;
 pub use drain::DrainedSection;
 pub use edge::{Children, Claim, Edge};
+pub(crate) use event::Events;
 pub use event::{BlockEvent, Reporter};
 pub use node::{DetectZeroes, Node, NodeOptions};
 pub use permission::Permissions;
 pub(crate) use reopen::cannot_change;
 
-use crate::backend::{Backend, Root};
+use crate::backend::{Backend, Failures, Root};
 use crate::contexts::Contexts;
-use crate::driver::Driver;
+use crate::driver::{BACKING, Driver};
 use crate::io;
 use claims::{Parent, Parents, Plan};
-use event::Events;
+
+/// The longest node, in bytes: what is left of 63 bits when lengths are rounded up to 1 GiB.
+pub(crate) const MAX_LENGTH: u64 = i64::MAX as u64 & !((1 << 30) - 1);
 
 /// The nodes and their users.
 pub struct Graph {
@@ -113,6 +119,21 @@ impl Graph {
         })
     }
 
+    /// The node that a reference names.
+    fn referred(&self, name: &str) -> Result<Arc<Node>, Error> {
+        self.lookup(name).ok_or_else(|| {
+            Error::generic(format!(
+                "Cannot find device='{name}' nor node-name='{name}'"
+            ))
+        })
+    }
+
+    fn named(&self, node_name: &str) -> Result<Arc<Node>, Error> {
+        self.lookup(node_name).ok_or_else(|| {
+            Error::generic(format!("Failed to find node with node-name='{node_name}'"))
+        })
+    }
+
     fn lookup(&self, node_name: &str) -> Option<Arc<Node>> {
         self.nodes
             .borrow()
@@ -143,9 +164,7 @@ impl Graph {
     /// There is no such node, it is in use, or it belongs to another node.
     pub async fn blockdev_del(&self, node_name: &str) -> Result<(), Error> {
         let _change = self.change.lock().await;
-        let node = self.lookup(node_name).ok_or_else(|| {
-            Error::generic(format!("Failed to find node with node-name='{node_name}'"))
-        })?;
+        let node = self.named(node_name)?;
         if self.roots_of(&node).next().is_some() {
             return Err(Error::generic(format!("Node {node_name} is in use")));
         }
@@ -159,6 +178,12 @@ impl Graph {
                 "Node {node_name} is not owned by the monitor"
             )));
         };
+        if let Some(overlay) = self.overlay_of(&node) {
+            return Err(Error::generic(format!(
+                "Node '{node_name}' is busy: node is used as backing hd of '{}'",
+                overlay.name()
+            )));
+        }
         if self.has_parent_nodes(&node) {
             return Err(Error::generic(format!(
                 "Block device {node_name} is in use"
@@ -211,7 +236,7 @@ impl Graph {
     ) -> Result<Backend, Error> {
         let _change = self.change.lock().await;
         let node = match reference {
-            BlockdevRef::Reference(name) => self.find(&name)?,
+            BlockdevRef::Reference(name) => self.referred(&name)?,
             BlockdevRef::Definition(options) => self.open(*options).await?,
         };
         let attached = self
@@ -221,6 +246,39 @@ impl Graph {
             self.close_unused(node).await;
         }
         attached
+    }
+
+    /// Attaches a user who goes along with the node being inactive: while it is, the user has no claims.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    pub async fn attach_even_inactive(
+        &self,
+        node_name: &str,
+        description: &str,
+        claim: Claim,
+    ) -> Result<Backend, Error> {
+        let _change = self.change.lock().await;
+        let node = self.find(node_name)?;
+        if node.is_active() {
+            let backend = self.attach_node(node, description, claim).await?;
+            backend.root().allow_inactive();
+            return Ok(backend);
+        }
+        let backend = self.attach_node(node, description, Claim::NONE).await?;
+        backend.root().allow_inactive();
+        backend.root().suspend(true);
+        backend.root().set_claim(claim);
+        Ok(backend)
+    }
+
+    /// Reports requests of the backend that fail as [`BlockEvent::Failed`] of `id`.
+    pub fn report_failures(&self, backend: &Backend, id: &str) {
+        backend.report_failures(Failures::new(
+            id.to_owned(),
+            backend.node_name(),
+            self.events.clone(),
+        ));
     }
 
     async fn attach_node(
@@ -287,7 +345,16 @@ impl Graph {
             permissions: Permissions::RESIZE,
             shared: Permissions::all(),
         };
-        let backend = self.attach(node_name, "block_resize", claim).await?;
+        if size > MAX_LENGTH {
+            return Err(Error::generic(format!(
+                "offset({size}) exceeds maximum({MAX_LENGTH})"
+            )));
+        }
+        if self.find(node_name)?.is_read_only() {
+            return Err(Error::generic("Image is read-only"));
+        }
+        let user = "an unnamed block device";
+        let backend = self.attach(node_name, user, claim).await?;
         let result = self.resize_drained(&backend, size, preallocation).await;
         self.detach(backend).await;
         result
@@ -408,6 +475,15 @@ impl Graph {
             .any(|owned| Arc::ptr_eq(owned, node))
             || self.roots_of(node).next().is_some()
             || self.has_parent_nodes(node)
+    }
+
+    /// A node that has this one behind it.
+    fn overlay_of(&self, node: &Arc<Node>) -> Option<Arc<Node>> {
+        let is_behind = |parent: &&Arc<Node>| {
+            let backing = parent.children().node(BACKING);
+            backing.is_some_and(|backing| Arc::ptr_eq(&backing, node))
+        };
+        self.nodes.borrow().iter().find(is_behind).cloned()
     }
 
     fn has_parent_nodes(&self, node: &Arc<Node>) -> bool {

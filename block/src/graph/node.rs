@@ -1,9 +1,10 @@
 //! Nodes: a driver, its children, and the state that the generic request path keeps for it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use stord_aio::sync::{Mutex, RangeLock};
+use stord_qmp::schema::block::BlockdevOptions;
 
 use super::Children;
 use super::event::{Events, Reporter};
@@ -31,6 +32,8 @@ pub struct NodeOptions {
     pub direct: bool,
     /// Flushes do not reach the disk (`cache.no-flush`).
     pub no_flush: bool,
+    /// Whether the user wants the node active (`active`), if he says.
+    pub active: Option<bool>,
     /// The user asked for a read-only node.
     pub read_only: bool,
     /// Falls back to read-only where writing cannot be had.
@@ -51,6 +54,12 @@ pub struct Node {
     limits: Limits,
     size: AtomicU64,
     read_only: bool,
+    /// Whether the image may be used, rather than left to another process.
+    active: AtomicBool,
+    /// What the node was opened with, to open it once more.
+    definition: Option<Box<BlockdevOptions>>,
+    /// The iothread that serves users of the node who name none.
+    iothread: std::sync::Mutex<Option<String>>,
     /// Serialises read-modify-write with other writes, on nodes whose alignment makes it necessary.
     pub(crate) serialising: RangeLock,
     /// The end of the highest write, in bytes.
@@ -81,6 +90,7 @@ impl Node {
             Driver::Protocol(_) => None,
         };
         let bitmaps = bitmaps.unwrap_or_default();
+        let active = options.active.unwrap_or(true);
         Self {
             name,
             driver_name,
@@ -90,6 +100,9 @@ impl Node {
             limits,
             size: AtomicU64::new(size),
             read_only,
+            active: AtomicBool::new(active),
+            definition: None,
+            iothread: std::sync::Mutex::default(),
             serialising: RangeLock::default(),
             highest_written: AtomicU64::new(0),
             threshold: WriteThreshold::default(),
@@ -108,8 +121,15 @@ impl Node {
         self
     }
 
+    /// The same node, which knows what it was opened with.
+    pub(super) fn defined_by(mut self, definition: &BlockdevOptions) -> Self {
+        self.definition = Some(Box::new(definition.clone()));
+        self
+    }
+
     /// The same node, in the place of `old`: keeps what was counted and set there.
     pub(super) fn continuing(self, old: &Self) -> Self {
+        self.set_iothread(old.iothread());
         self.threshold.set(old.threshold.get());
         self.highest_written
             .store(old.highest_written(), Ordering::Relaxed);
@@ -194,5 +214,29 @@ impl Node {
     /// Whether writes are refused.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether the image may be used, rather than left to another process.
+    pub fn is_active(&self) -> bool {
+        self.active.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_active(&self, active: bool) {
+        self.active.store(active, Ordering::Release);
+    }
+
+    /// What the node was opened with.
+    pub(crate) fn definition(&self) -> Option<&BlockdevOptions> {
+        self.definition.as_deref()
+    }
+
+    /// The iothread that serves users of the node who name none.
+    pub(super) fn iothread(&self) -> Option<String> {
+        let iothread = self.iothread.lock();
+        iothread.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_iothread(&self, iothread: Option<String>) {
+        *self.iothread.lock().unwrap_or_else(PoisonError::into_inner) = iothread;
     }
 }

@@ -15,11 +15,12 @@ use stord_qmp::schema::block::{
 
 use super::claims::Plan;
 use super::{
-    Children, DetectZeroes, Graph, Node, NodeOptions, Permissions, name_error, storage_claim,
+    Children, DetectZeroes, Graph, MAX_LENGTH, Node, NodeOptions, Permissions, name_error,
+    storage_claim,
 };
-use crate::driver::{BACKING, ChildId, DATA_FILE, Driver, FILE, ImageLinks};
+use crate::driver::{BACKING, ChildId, DATA_FILE, Driver, FILE, ImageLinks, Protocol};
 use crate::drivers::format::{qcow2, raw};
-use crate::drivers::{filename, protocol};
+use crate::drivers::{description, filename, protocol};
 
 /// A backing chain longer than this is refused.
 const MAX_CHAIN: usize = 200;
@@ -52,12 +53,20 @@ impl Chain<'_> {
 /// Children of a driver that is opening. Dropping it without `keep` leaves no trace in the graph but nodes to close.
 pub(super) struct Opening<'a> {
     graph: &'a Graph,
+    name: &'a str,
+    /// Whether the node is to be active.
+    active: bool,
     pub(super) children: Children,
     done: Cell<bool>,
 }
 
 impl<'a> Opening<'a> {
-    pub(super) fn new(graph: &'a Graph, name: &str, places: &[&'static str]) -> Self {
+    pub(super) fn new(
+        graph: &'a Graph,
+        name: &'a str,
+        active: bool,
+        places: &[&'static str],
+    ) -> Self {
         let children = Children::new(places);
         graph
             .opening
@@ -65,6 +74,8 @@ impl<'a> Opening<'a> {
             .push((name.to_owned(), children.clone()));
         Self {
             graph,
+            name,
+            active,
             children,
             done: Cell::new(false),
         }
@@ -97,6 +108,14 @@ impl<'a> Opening<'a> {
         };
         edge.set_claim(claim);
         edge.set_node(Some(Arc::clone(&node)));
+        if self.active && !node.is_active() {
+            return Err(Error::generic(format!(
+                "Inactive '{}' can't be a {} child of active '{}'",
+                node.name(),
+                edge.name(),
+                self.name
+            )));
+        }
         let start = [node];
         // The node may be an old one with users.
         let _drained = self.graph.drain(&start).await;
@@ -143,13 +162,8 @@ impl Graph {
                     )
                     .await?;
                     let read_only = opened.is_read_only();
-                    Ok(self.add_leaf(
-                        name,
-                        driver_name,
-                        Driver::Protocol(Box::new(opened)),
-                        node_options,
-                        read_only,
-                    ))
+                    let driver = Driver::Protocol(Box::new(opened));
+                    Ok(self.add_leaf(name, driver, node_options, read_only, &options))
                 }
                 BlockdevDriver::Nbd(nbd) => {
                     let driver = protocol::nbd::Nbd::open(nbd, &self.credentials).await?;
@@ -163,24 +177,19 @@ impl Graph {
                         .with_hint("the export is read-only: open it with 'read-only=on'"));
                     }
                     let read_only = node_options.read_only || driver.is_read_only();
-                    Ok(self.add_leaf(
-                        name,
-                        driver_name,
-                        Driver::Protocol(Box::new(driver)),
-                        node_options,
-                        read_only,
-                    ))
+                    let driver = Driver::Protocol(Box::new(driver));
+                    Ok(self.add_leaf(name, driver, node_options, read_only, &options))
                 }
                 BlockdevDriver::NullCo(null) | BlockdevDriver::NullAio(null) => {
                     let read_only = node_options.read_only;
                     let driver = protocol::null::Null::open(null)?;
-                    Ok(self.add_leaf(
-                        name,
-                        driver_name,
-                        Driver::Protocol(Box::new(driver)),
-                        node_options,
-                        read_only,
-                    ))
+                    if driver.length() > MAX_LENGTH {
+                        return Err(Error::generic(
+                            "Could not refresh total sector count: File too large",
+                        ));
+                    }
+                    let driver = Driver::Protocol(Box::new(driver));
+                    Ok(self.add_leaf(name, driver, node_options, read_only, &options))
                 }
                 BlockdevDriver::Raw(_) | BlockdevDriver::Qcow2(_) => {
                     self.open_format(name, options, node_options, chain).await
@@ -192,21 +201,22 @@ impl Graph {
     fn add_leaf(
         &self,
         name: String,
-        driver_name: &'static str,
         driver: Driver,
         options: NodeOptions,
         read_only: bool,
+        definition: &BlockdevOptions,
     ) -> Arc<Node> {
         let node = Arc::new(
             Node::new(
                 name,
-                driver_name,
+                definition.driver.name(),
                 driver,
                 Children::new(&[]),
                 options,
                 read_only,
             )
-            .with_events(self.events.clone()),
+            .with_events(self.events.clone())
+            .defined_by(definition),
         );
         self.nodes.borrow_mut().push(Arc::clone(&node));
         node
@@ -223,7 +233,8 @@ impl Graph {
             BlockdevDriver::Qcow2(_) => &["file", "backing", "data-file"],
             _ => &["file"],
         };
-        let opening = Opening::new(self, &name, places);
+        let active = node_options.active.unwrap_or(true);
+        let opening = Opening::new(self, &name, active, places);
         match self
             .open_format_children(&opening, &name, &options, node_options, chain)
             .await
@@ -266,7 +277,7 @@ impl Graph {
         if let Some(identity) = identity
             && chain.contains(identity)
         {
-            let image = filename::of_node(&file);
+            let image = description::of_leaf(&file);
             self.close_if_unused(file).await;
             return Err(Error::generic(format!(
                 "Backing file '{image}' creates an infinite loop."
@@ -275,7 +286,8 @@ impl Graph {
         if file.is_read_only() && node_options.auto_read_only {
             node_options.read_only = true;
         }
-        let writable = !node_options.read_only;
+        let active = node_options.active.unwrap_or(true);
+        let writable = !node_options.read_only && active;
         let is_raw = matches!(options.driver, BlockdevDriver::Raw(_));
         opening.put(FILE, file, writable, is_raw).await?;
 
@@ -299,7 +311,7 @@ impl Graph {
                 let (children, own, common) = (
                     opening.children.clone(),
                     qcow2.clone(),
-                    node_options.clone(),
+                    driver_options(&node_options, active),
                 );
                 let driver = self
                     .on_main(move || async move { qcow2::open(children, own, common).await })
@@ -323,7 +335,8 @@ impl Graph {
                 node_options,
                 read_only,
             )
-            .with_events(self.events.clone()),
+            .with_events(self.events.clone())
+            .defined_by(options),
         );
         opening.settle();
         let position = position.min(self.nodes.borrow().len());
@@ -444,7 +457,7 @@ impl Graph {
         let base = opening
             .children
             .node(FILE)
-            .map(|file| filename::of_node(&file));
+            .map(|file| description::of_leaf(&file));
         filename::parse(name, base.as_deref(), format)
     }
 
@@ -484,11 +497,7 @@ impl Graph {
         chain: &Chain<'_>,
     ) -> Result<Arc<Node>, Error> {
         match reference {
-            BlockdevRef::Reference(name) => self.lookup(&name).ok_or_else(|| {
-                Error::generic(format!(
-                    "Cannot find device='{name}' nor node-name='{name}'"
-                ))
-            }),
+            BlockdevRef::Reference(name) => self.referred(&name),
             BlockdevRef::Definition(mut child) => {
                 inherit(&mut child, parent, place);
                 self.open_node(*child, chain).await
@@ -580,6 +589,14 @@ pub(super) fn inherit(child: &mut BlockdevOptions, parent: &BlockdevOptions, pla
     }
 }
 
+/// The options for the driver of a node: one that is not active must not change its image.
+pub(super) fn driver_options(node: &NodeOptions, active: bool) -> NodeOptions {
+    NodeOptions {
+        read_only: node.read_only || !active,
+        ..node.clone()
+    }
+}
+
 pub(super) fn node_options(options: &BlockdevOptions) -> Result<NodeOptions, Error> {
     let cache = options.cache.as_ref();
     let node = NodeOptions {
@@ -587,6 +604,7 @@ pub(super) fn node_options(options: &BlockdevOptions) -> Result<NodeOptions, Err
         direct: cache.and_then(|cache| cache.direct).unwrap_or(false),
         no_flush: cache.and_then(|cache| cache.no_flush).unwrap_or(false),
         read_only: options.read_only.unwrap_or(false),
+        active: options.active,
         auto_read_only: options.auto_read_only.unwrap_or(false),
         force_share: options.force_share.unwrap_or(false),
         detect_zeroes: match options.detect_zeroes {

@@ -1,6 +1,6 @@
 //! Counters of nodes, and the graph as a drawing, for `query-blockstats` and `x-debug-query-block-graph`.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use stord_qmp::schema::statistics::{
     BlockDeviceStats, BlockPermission, BlockStats, BlockStatsSpecific, BlockStatsSpecificDriver,
@@ -9,12 +9,12 @@ use stord_qmp::schema::statistics::{
 
 use super::{Claim, Graph, Node, Permissions};
 use crate::backend::Totals;
-use crate::driver::{BACKING, Driver, FILE};
+use crate::driver::{Driver, FILE};
 
 impl Graph {
-    /// The counters of all nodes, the newest first: what their users from outside the graph have done.
+    /// The counters of all nodes, the oldest first: what their users from outside the graph have done.
     pub fn query_blockstats(&self) -> Vec<BlockStats> {
-        let nodes: Vec<Arc<Node>> = self.nodes.borrow().iter().rev().cloned().collect();
+        let nodes: Vec<Arc<Node>> = self.nodes.borrow().iter().cloned().collect();
         nodes.iter().map(|node| self.statistics_of(node)).collect()
     }
 
@@ -30,7 +30,8 @@ impl Graph {
             stats: self.counters_of(node),
             driver_specific: specific(node),
             parent: below(FILE),
-            backing: below(BACKING),
+            // Told of guests' devices only.
+            backing: None,
         }
     }
 
@@ -68,39 +69,53 @@ impl Graph {
             edges: Vec::new(),
         };
         let nodes = self.nodes.borrow();
-        let number = |node: &Arc<Node>| {
-            let at = nodes.iter().position(|held| Arc::ptr_eq(held, node))?;
-            Some(at as u64 + 1)
-        };
+        let mut numbers = Numbers::default();
+        for root in self.roots.borrow().iter().filter_map(Weak::upgrade) {
+            let Some(node) = root.node() else { continue };
+            let id = numbers.of(Arc::as_ptr(&root).cast());
+            drawing.nodes.push(XDbgBlockGraphNode {
+                id,
+                r#type: XDbgBlockGraphNodeType::BlockBackend,
+                name: String::new(),
+            });
+            let child = numbers.of(Arc::as_ptr(&node).cast());
+            drawing.edges.push(drawn(id, child, "root", root.claim()));
+        }
         for node in nodes.iter() {
-            let id = number(node).unwrap_or(0);
+            let id = numbers.of(Arc::as_ptr(node).cast());
             drawing.nodes.push(XDbgBlockGraphNode {
                 id,
                 r#type: XDbgBlockGraphNodeType::BlockDriver,
                 name: node.name().to_owned(),
             });
-            for edge in node.children().edges() {
-                if let Some(child) = edge.node().as_ref().and_then(number) {
+            for edge in node.children().edges().iter().rev() {
+                if let Some(child) = edge.node() {
+                    let child = numbers.of(Arc::as_ptr(&child).cast());
                     drawing
                         .edges
                         .push(drawn(id, child, edge.name(), edge.claim()));
                 }
             }
         }
-        let mut id = nodes.len() as u64;
-        for node in nodes.iter() {
-            for root in self.roots_of(node) {
-                id += 1;
-                drawing.nodes.push(XDbgBlockGraphNode {
-                    id,
-                    r#type: XDbgBlockGraphNodeType::BlockBackend,
-                    name: String::new(),
-                });
-                let child = number(node).unwrap_or(0);
-                drawing.edges.push(drawn(id, child, "root", root.claim()));
-            }
-        }
+        // The reference lists the newest first.
+        drawing.nodes.reverse();
+        drawing.edges.reverse();
         drawing
+    }
+}
+
+/// Numbers from 1 on, in the order in which things are first mentioned.
+#[derive(Default)]
+struct Numbers(Vec<*const ()>);
+
+impl Numbers {
+    fn of(&mut self, thing: *const ()) -> u64 {
+        let known = self.0.iter().position(|known| *known == thing);
+        let index = known.unwrap_or_else(|| {
+            self.0.push(thing);
+            self.0.len() - 1
+        });
+        index as u64 + 1
     }
 }
 
@@ -116,16 +131,16 @@ fn drawn(parent: u64, child: u64, name: &str, claim: Claim) -> XDbgBlockGraphEdg
 
 fn names(permissions: Permissions) -> Vec<BlockPermission> {
     let all = [
-        (
-            Permissions::CONSISTENT_READ,
-            BlockPermission::ConsistentRead,
-        ),
-        (Permissions::WRITE, BlockPermission::Write),
+        (Permissions::RESIZE, BlockPermission::Resize),
         (
             Permissions::WRITE_UNCHANGED,
             BlockPermission::WriteUnchanged,
         ),
-        (Permissions::RESIZE, BlockPermission::Resize),
+        (Permissions::WRITE, BlockPermission::Write),
+        (
+            Permissions::CONSISTENT_READ,
+            BlockPermission::ConsistentRead,
+        ),
     ];
     let held = all
         .into_iter()

@@ -11,7 +11,7 @@ use stord_qmp::schema::job::JobType;
 
 use super::{JobControl, JobSettings, Jobs};
 use crate::backend::Backend;
-use crate::drivers::filename;
+use crate::drivers::description;
 use crate::drivers::format::qcow2;
 use crate::drivers::protocol::file;
 use crate::graph::{Claim, Graph, Permissions};
@@ -140,16 +140,13 @@ async fn make_qcow2(
 ) -> Result<(), CreateError> {
     const CLAIM: Claim = Claim {
         permissions: Permissions::WRITE.union(Permissions::RESIZE),
-        shared: Permissions::all(),
+        // Nobody's data is overwritten while he goes on writing.
+        shared: Permissions::CONSISTENT_READ.union(Permissions::WRITE_UNCHANGED),
     };
-    let file = graph
-        .attach_ref(options.file.clone(), "blockdev-create", CLAIM)
-        .await?;
+    const USER: &str = "an unnamed block device";
+    let file = graph.attach_ref(options.file.clone(), USER, CLAIM).await?;
     let data_file = match &options.data_file {
-        Some(reference) => match graph
-            .attach_ref(reference.clone(), "blockdev-create", CLAIM)
-            .await
-        {
+        Some(reference) => match graph.attach_ref(reference.clone(), USER, CLAIM).await {
             Ok(backend) => Some(backend),
             Err(error) => {
                 graph.detach(file).await;
@@ -181,5 +178,5 @@ fn name_of(backend: &Backend) -> String {
     backend
         .root()
         .node()
-        .map_or_else(String::new, |node| filename::of_node(&node))
+        .map_or_else(String::new, |node| description::of_node(&node))
 }

@@ -246,10 +246,16 @@ impl Jobs {
     /// # Errors
     /// As [`cancel`](Self::cancel), or it is not paused.
     pub fn resume(&self, id: &str) -> Result<(), Error> {
-        let job = self.asked(id, Verb::Resume)?;
-        if !job.control.0.paused.load(Ordering::Acquire) {
-            return Err(Error::generic("Job is not paused"));
+        let is_paused = |job: &Rc<Job>| job.control.0.paused.load(Ordering::Acquire);
+        if self
+            .jobs
+            .borrow()
+            .iter()
+            .any(|job| job.id == id && !is_paused(job))
+        {
+            return Err(Error::generic("Can't resume a job that was not paused"));
         }
+        let job = self.asked(id, Verb::Resume)?;
         if job.status.get() == JobStatus::Paused {
             self.enter(&job, JobStatus::Running);
         }

@@ -45,6 +45,7 @@ pub(crate) fn node_options() -> NodeOptions {
         discard: true,
         direct: false,
         no_flush: false,
+        active: None,
         read_only: false,
         auto_read_only: false,
         force_share: false,

@@ -92,7 +92,8 @@ impl ExportRegistry {
         let mut backends = Vec::new();
         let started = async {
             for node_name in options.layout.nodes() {
-                let attached = self.attach(node_name, &options.id, options.writable, false);
+                let claim = self.claim(node_name, options.writable, false)?;
+                let attached = self.attach_active(node_name, &options.id, claim);
                 backends.push(attached.await?);
             }
             let contents = self.contents(entry, options, &backends, &placement);

@@ -33,6 +33,11 @@ pub fn unquote(quoted: &[u8]) -> Result<String, Error> {
                 text.push(char::from(byte));
                 (text, after)
             }
+            // NUL in the modified UTF-8 of the reference.
+            (0xc0, [0x80, after @ ..]) => {
+                text.push('\0');
+                (text, after)
+            }
             _ => {
                 let (character, after) = raw_character(rest)
                     .ok_or_else(|| syntax("invalid UTF-8 sequence in string"))?;

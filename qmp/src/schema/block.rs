@@ -15,6 +15,8 @@ pub struct BlockdevOptions {
     pub discard: Option<BlockdevDiscardOptions>,
     /// How the host's page cache is used.
     pub cache: Option<BlockdevCacheOptions>,
+    /// Whether the node's image may be used, rather than left to another process; default on.
+    pub active: Option<bool>,
     /// Refuse writes; default off.
     pub read_only: Option<bool>,
     /// Fall back to read-only where writing is impossible; default off.
@@ -33,6 +35,7 @@ impl BlockdevOptions {
             node_name: None,
             discard: None,
             cache: None,
+            active: None,
             read_only: None,
             auto_read_only: None,
             force_share: None,
@@ -135,8 +138,11 @@ pub struct BlockdevOptionsFile {
     pub aio: Option<BlockdevAioOptions>,
     /// The most requests submitted in one batch; 0 leaves it to the daemon.
     pub aio_max_batch: Option<i64>,
-    /// Drop the page cache when another process takes over the image; default on.
+    /// Drop what the page cache has of the file when the node becomes active; default on.
     pub drop_cache: Option<bool>,
+    /// Fail where the page cache could not be dropped; default off.
+    #[qapi(features("unstable"))]
+    pub x_check_cache_dropped: Option<bool>,
 }
 
 impl BlockdevOptionsFile {
@@ -148,6 +154,7 @@ impl BlockdevOptionsFile {
             aio: None,
             aio_max_batch: None,
             drop_cache: None,
+            x_check_cache_dropped: None,
         }
     }
 }
@@ -360,6 +367,47 @@ pub struct BlockdevReopen {
 pub struct BlockdevDel {
     /// The node to remove.
     pub node_name: String,
+}
+
+/// Arguments of `blockdev-set-active`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockdevSetActive {
+    /// The node; default all.
+    pub node_name: Option<String>,
+    /// Whether its image may be used from now on.
+    pub active: bool,
+}
+
+/// A string, or explicitly none.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+#[qapi(alternate)]
+pub enum StrOrNull {
+    /// The string.
+    S(String),
+    /// None.
+    Null,
+}
+
+/// Arguments of `x-blockdev-set-iothread`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockdevSetIothread {
+    /// The node.
+    pub node_name: String,
+    /// The iothread, or none.
+    pub iothread: StrOrNull,
+    /// Do it although the node has users; default off.
+    pub force: Option<bool>,
+}
+
+/// Arguments of `change-backing-file`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct ChangeBackingFile {
+    /// The node at the top of the chain.
+    pub device: String,
+    /// The node of the image to change.
+    pub image_node_name: String,
+    /// What the image is to call its backing file from now on; empty for none.
+    pub backing_file: String,
 }
 
 /// Arguments of `block_resize`.

@@ -59,7 +59,7 @@ pub struct BlockdevCreateOptionsFile {
     /// Its path.
     pub filename: String,
     /// Its size in bytes.
-    pub size: i64,
+    pub size: u64,
     /// How its space is reserved; default `off`.
     pub preallocation: Option<PreallocMode>,
     /// Turn copy on write off, where the file system has it; default off.
@@ -107,7 +107,7 @@ pub struct BlockdevCreateOptionsQcow2 {
     /// Extended L2 entries, with subclusters; default off.
     pub extended_l2: Option<bool>,
     /// The size the guest sees, in bytes.
-    pub size: i64,
+    pub size: u64,
     /// The version; default `v3`.
     pub version: Option<BlockdevQcow2Version>,
     /// The name of the backing file.
@@ -128,7 +128,7 @@ pub struct BlockdevCreateOptionsQcow2 {
 
 impl BlockdevCreateOptionsQcow2 {
     /// An image of `size` bytes on that node with every option at its default.
-    pub fn new(file: BlockdevRef, size: i64) -> Self {
+    pub fn new(file: BlockdevRef, size: u64) -> Self {
         Self {
             file,
             data_file: None,

@@ -307,3 +307,43 @@ pub enum BlockDeviceIoStatus {
     /// The last failed for want of space.
     Nospace,
 }
+
+/// Event: a request failed. It is sent for requests of exports; of many failures at a node not all are told.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+#[qapi(event = "BLOCK_IO_ERROR")]
+pub struct BlockIoError {
+    /// The path of the device in the object tree; exports have none.
+    pub qom_path: String,
+    /// Who made the request: the export's id.
+    pub device: String,
+    /// The node.
+    pub node_name: Option<String>,
+    /// What failed.
+    pub operation: IoOperationType,
+    /// What became of the error.
+    pub action: BlockErrorAction,
+    /// The storage is full.
+    pub nospace: Option<bool>,
+    /// Why it failed, for people.
+    pub reason: String,
+}
+
+/// A kind of request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum IoOperationType {
+    /// Reading.
+    Read,
+    /// Anything that changes something.
+    Write,
+}
+
+/// What becomes of an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
+pub enum BlockErrorAction {
+    /// It is ignored.
+    Ignore,
+    /// Whoever made the request is told.
+    Report,
+    /// The guest is stopped.
+    Stop,
+}

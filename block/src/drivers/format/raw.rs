@@ -74,8 +74,11 @@ impl Raw {
 }
 
 fn non_negative(value: i64, name: &str) -> Result<u64, Error> {
-    u64::try_from(value)
-        .map_err(|_| Error::generic(format!("Parameter '{name}' expects a non-negative number")))
+    u64::try_from(value).map_err(|_| {
+        Error::generic(format!(
+            "Value '{value}' is out of range for parameter '{name}'"
+        ))
+    })
 }
 
 impl Format for Raw {
@@ -141,7 +144,7 @@ impl Format for Raw {
         })
     }
 
-    /// Without metadata of its own, it needs and shares just what its parents do.
+    /// Without metadata of its own, it needs and shares just what its parents do, but for the length of what it is a window on.
     fn child_claim(
         &self,
         _child: ChildId,
@@ -149,9 +152,23 @@ impl Format for Raw {
         shared: Permissions,
         _writable: bool,
     ) -> Claim {
+        // A window moves with the end of the file, or does not lie within it any more.
+        let is_window = self.offset > 0 || self.size.is_some();
+        let refused = if is_window {
+            Permissions::RESIZE
+        } else {
+            Permissions::empty()
+        };
         Claim {
             permissions: wanted,
-            shared,
+            shared: shared - refused,
+        }
+    }
+
+    fn check_resize(&self, _size: u64) -> Result<(), Error> {
+        match self.size {
+            Some(_) => Err(Error::generic("Cannot resize fixed-size raw disks")),
+            None => Ok(()),
         }
     }
 }

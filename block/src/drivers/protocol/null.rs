@@ -25,13 +25,17 @@ impl Null {
     /// Makes a disk as described.
     ///
     /// # Errors
-    /// The size is negative.
+    /// The size is negative, or the latency beyond what a signed number holds.
     pub fn open(options: &BlockdevOptionsNull) -> Result<Self, Error> {
         let size = options.size.unwrap_or(DEFAULT_SIZE);
+        let latency = options.latency_ns.unwrap_or(0);
+        if i64::try_from(latency).is_err() {
+            return Err(Error::generic("latency-ns is invalid"));
+        }
         Ok(Self {
             size: u64::try_from(size)
                 .map_err(|_| Error::generic("Parameter 'size' expects a non-negative number"))?,
-            latency: Duration::from_nanos(options.latency_ns.unwrap_or(0)),
+            latency: Duration::from_nanos(latency),
             zeroes: options.read_zeroes.unwrap_or(false),
         })
     }

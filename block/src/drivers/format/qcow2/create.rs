@@ -21,6 +21,7 @@ use super::layout::{
 };
 use crate::backend::Backend;
 use crate::driver::ZeroFlags;
+use crate::graph::MAX_LENGTH;
 use crate::job::JobControl;
 use crate::job::create::CreateError;
 
@@ -98,8 +99,7 @@ impl<'a> Plan<'a> {
         data_file_name: Option<String>,
     ) -> Result<Self, Error> {
         let geometry = geometry(options)?;
-        let size = u64::try_from(options.size)
-            .map_err(|_| Error::generic("Image size must not be negative"))?;
+        let size = options.size;
         if !size.is_multiple_of(512) {
             return Err(Error::generic("Image size must be a multiple of 512 bytes"));
         }
@@ -109,8 +109,13 @@ impl<'a> Plan<'a> {
             && !geometry.extended_l2
         {
             return Err(Error::generic(
-                "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+                "Backing file and preallocation can only be used at the same time if extended_l2 is on",
             ));
+        }
+        if size > MAX_LENGTH {
+            return Err(Error::generic(format!(
+                "Could not resize image: offset({size}) exceeds maximum({MAX_LENGTH})"
+            )));
         }
         let l1_entries = geometry.l1_entries_for(size);
         if l1_entries > MAX_L1_BYTES / 8 {

@@ -10,6 +10,7 @@
 
 mod alloc;
 mod arm;
+mod backing_name;
 mod bitmaps;
 mod cache;
 pub mod check;
@@ -245,6 +246,14 @@ impl Format for Qcow2 {
 
     fn truncate<'a>(&'a self, size: u64, exact: bool, preallocation: PreallocMode) -> IoFuture<'a> {
         Box::pin(self.0.truncate(size, exact, preallocation))
+    }
+
+    fn change_backing_file<'a>(
+        &'a self,
+        name: Option<String>,
+        format: Option<String>,
+    ) -> IoFuture<'a> {
+        Box::pin(self.0.change_backing_file(name, format))
     }
 
     fn close<'a>(&'a self) -> IoFuture<'a> {

@@ -103,8 +103,7 @@ impl Options {
             l2_cache,
             slice_bits,
             refcount_cache,
-            clean_interval: size_option(options.cache_clean_interval, "cache-clean-interval")?
-                .unwrap_or(DEFAULT_CLEAN_INTERVAL),
+            clean_interval: clean_interval(options.cache_clean_interval)?,
             lazy_refcounts,
             overlap: overlap(options.overlap_check.as_ref()),
             pass_request: options.pass_discard_request.unwrap_or(common.discard),
@@ -115,12 +114,22 @@ impl Options {
     }
 }
 
+/// The seconds after which what is not used is dropped from the caches.
+fn clean_interval(wanted: Option<i64>) -> Result<u64, Error> {
+    let Some(wanted) = wanted else {
+        return Ok(DEFAULT_CLEAN_INTERVAL);
+    };
+    u32::try_from(wanted)
+        .map(u64::from)
+        .map_err(|_| Error::generic("Cache clean interval too big"))
+}
+
 fn size_option(value: Option<i64>, name: &str) -> Result<Option<u64>, Error> {
     value
         .map(|value| {
             u64::try_from(value).map_err(|_| {
                 Error::generic(format!(
-                    "Parameter '{name}' expects a non-negative number below 2^64"
+                    "Value '{value}' is out of range for parameter '{name}'"
                 ))
             })
         })

@@ -30,7 +30,7 @@ pub fn check(options: &BlockdevCreateOptionsFile) -> Result<(), Error> {
     if options.preallocation == Some(PreallocMode::Metadata) {
         return Err(Error::generic("Unsupported preallocation mode: metadata"));
     }
-    if options.size < 0 {
+    if i64::try_from(options.size).is_err() {
         return Err(failed("Could not resize file", Errno::EINVAL));
     }
     hint_bytes(options.extent_size_hint).map(|_| ())
@@ -108,7 +108,8 @@ fn allocate(
     options: &BlockdevCreateOptionsFile,
     control: &JobControl,
 ) -> Result<(), Error> {
-    let size = options.size;
+    let size =
+        i64::try_from(options.size).map_err(|_| failed("Could not resize file", Errno::EINVAL))?;
     match options.preallocation.unwrap_or(PreallocMode::Off) {
         PreallocMode::Falloc if size > 0 => {
             fallocate(fd, FallocateFlags::empty(), 0, size)

@@ -4,12 +4,13 @@
 //!   that a mount over the name, or another file under it, changes nothing.
 //! - Locks (`lock`) are held for exactly the permissions that the node's users have and refuse; they belong to the first descriptor.
 //! - With `auto-read-only` the file is open for writing only while a user writes.
-//! - With `drop-cache`, what the page cache has of the file is dropped when the file gets a user again after it had none: in between
-//!   another host may have written to it, where the file system is shared and its cache is not.
+//! - With `drop-cache`, what the page cache has of the file is dropped when the node becomes active: until then another host may have
+//!   written to it, where the file system is shared and its cache is not.
 //! - After a failed flush of a cached file every later flush fails: the kernel drops the pages it could not write, so that no later
 //!   success would mean that the data is safe.
 
 mod alignment;
+mod cache;
 pub(crate) mod create;
 mod lock;
 mod open;
@@ -18,11 +19,11 @@ mod resize;
 pub mod supplied;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::stat::fstat;
 use nix::unistd::{Whence, lseek};
 use stord_aio::{Errno, Fallocate, File, IoVec, pool};
@@ -44,7 +45,6 @@ pub struct FileDriver {
     /// The other descriptor that `prepare_permissions` opened, until commit or abort.
     prepared: Mutex<Option<File>>,
     locks: Arc<lock::Locks>,
-    users: Arc<Users>,
     discards: Arc<Discards>,
     limits: Limits,
     length: AtomicU64,
@@ -62,39 +62,14 @@ struct Access {
     engine: stord_aio::Engine,
     batch: u32,
     drop_cache: bool,
+    /// Fails where the page cache still has something of the file after that.
+    check_dropped: bool,
     locking: Option<OnOffAuto>,
     direct: bool,
     /// Opens for writing when the first writer comes, and for reading only when the last has gone.
     dynamic: bool,
     writable: AtomicBool,
     read_only: bool,
-}
-
-/// Whether anybody uses the file, to know when another process may have changed it in between.
-#[derive(Default)]
-struct Users {
-    /// The permissions that `prepare_permissions` saw, until commit or abort.
-    prepared: Mutex<Permissions>,
-    present: AtomicBool,
-    /// The file was let go of after use.
-    left: AtomicBool,
-}
-
-impl Users {
-    fn prepare(&self, permissions: Permissions) {
-        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = permissions;
-    }
-
-    /// Takes over what was prepared; true if the file is taken up again after it was let go of.
-    fn commit(&self) -> bool {
-        let permissions = *self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let present = !permissions.is_empty();
-        let were_present = self.present.swap(present, Ordering::AcqRel);
-        if were_present && !present {
-            self.left.store(true, Ordering::Release);
-        }
-        present && !were_present && self.left.swap(false, Ordering::AcqRel)
-    }
 }
 
 /// Counts discards.
@@ -350,7 +325,6 @@ impl Protocol for FileDriver {
         shared: Permissions,
     ) -> Result<(), Error> {
         let writes = permissions.intersects(Permissions::WRITABLE | Permissions::RESIZE);
-        self.users.prepare(permissions);
         if self.access.dynamic && writes != self.access.writable.load(Ordering::Acquire) {
             let other = self.open_again(writes)?;
             *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(other);
@@ -369,15 +343,6 @@ impl Protocol for FileDriver {
             self.access.writable.fetch_xor(true, Ordering::AcqRel);
         }
         self.locks.commit();
-        if self.users.commit() && self.access.drop_cache {
-            // Only advice: where it is not taken, the cache is coherent or nobody can help it.
-            let _ = posix_fadvise(
-                self.file().fd(),
-                0,
-                0,
-                PosixFadviseAdvice::POSIX_FADV_DONTNEED,
-            );
-        }
     }
 
     fn abort_permissions(&self) {
@@ -399,6 +364,28 @@ impl Protocol for FileDriver {
         options: &NodeOptions,
     ) -> Result<Box<dyn Protocol>, Error> {
         Ok(Box::new(open::reopened(self, driver, options)?))
+    }
+
+    fn refresh<'a>(&'a self) -> Pin<Box<dyn Future<Output = Result<u64, Error>> + 'a>> {
+        Box::pin(async move {
+            let (drop_cache, check) = (self.access.drop_cache, self.access.check_dropped);
+            let (file, old_length) = (self.file(), self.length());
+            let is_device = self.is_device;
+            let length = pool::run(move || {
+                if drop_cache {
+                    cache::drop_pages(&file, check)?;
+                }
+                match is_device {
+                    true => Ok(old_length),
+                    false => fstat(file.fd())
+                        .map(|stat| u64::try_from(stat.st_size).unwrap_or(0))
+                        .map_err(|errno| Error::os("Could not get file size", errno)),
+                }
+            });
+            let length = length.await?;
+            self.length.store(length, Ordering::Release);
+            Ok(length)
+        })
     }
 
     fn filename(&self) -> String {
@@ -446,25 +433,5 @@ impl FileDriver {
         let fd: OwnedFd = open::reopen(self.file().fd().as_fd(), writable, self.access.direct)
             .map_err(|errno| Error::os(format!("Could not open '{}'", self.filename), errno))?;
         Ok(File::new(fd, self.access.engine).with_batch(self.access.batch))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_return_of_a_user_asks_for_fresh_content() {
-        let users = Users::default();
-        let change = |permissions| {
-            users.prepare(permissions);
-            users.commit()
-        };
-        assert!(!change(Permissions::empty()));
-        assert!(!change(Permissions::CONSISTENT_READ));
-        assert!(!change(Permissions::WRITE));
-        assert!(!change(Permissions::empty()));
-        assert!(change(Permissions::CONSISTENT_READ));
-        assert!(!change(Permissions::WRITE));
     }
 }

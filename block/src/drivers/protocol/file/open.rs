@@ -60,6 +60,11 @@ fn open_here(
     node: &NodeOptions,
 ) -> Result<FileDriver, Error> {
     let filename = &options.filename;
+    if filename.is_empty() {
+        return Err(Error::generic(format!(
+            "The '{driver_name}' block driver requires a file name"
+        )));
+    }
     check_engine(options, node)?;
     let dynamic = node.auto_read_only && !node.read_only;
     let writable = !node.read_only && !dynamic;
@@ -91,7 +96,6 @@ fn open_here(
         access,
         prepared: Mutex::new(None),
         locks: Arc::new(locks),
-        users: Arc::default(),
         discards: Arc::default(),
         length: AtomicU64::new(u64::try_from(end).unwrap_or(0)),
         is_device,
@@ -135,7 +139,6 @@ pub(super) fn reopened(
         access,
         prepared: Mutex::new(None),
         locks: Arc::clone(&old.locks),
-        users: Arc::clone(&old.users),
         discards: Arc::clone(&old.discards),
         length: AtomicU64::new(old.length()),
         is_device: old.is_device,
@@ -175,6 +178,7 @@ fn access(
         },
         batch: batch(options.aio_max_batch)?,
         drop_cache: options.drop_cache.unwrap_or(true) && !node.direct,
+        check_dropped: options.x_check_cache_dropped.unwrap_or(false) && !node.direct,
         locking: options.locking,
         direct: node.direct,
         dynamic: node.auto_read_only && !node.read_only,

@@ -121,7 +121,7 @@ impl Life {
 fn options(choices: &mut Choices) -> BlockdevCreateOptionsQcow2 {
     let nowhere = BlockdevRef::Reference("file".to_owned());
     let mut options =
-        BlockdevCreateOptionsQcow2::new(nowhere, 512 * (1 + choices.below(512)) as i64);
+        BlockdevCreateOptionsQcow2::new(nowhere, 512 * (1 + choices.below(512)) as u64);
     let extended = choices.byte() % 4 == 0;
     let bits = if extended { 14 } else { 9 + choices.byte() % 6 };
     options.cluster_size = Some(1 << bits);
