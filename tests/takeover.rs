@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use rand::RngExt;
 
 use crate::mount_command::{arg, mount, only_stord, qcow2_with, umount};
 use crate::needs;
-use crate::support::daemon::{Daemon, run_to_end};
+use crate::support::daemon::{Daemon, program, run_to_end};
 use crate::support::disk::assert_holes_are_zero;
 use crate::support::model::{assert_same, noise, rng};
 use crate::support::run::run_ok;
@@ -281,6 +282,100 @@ fn daemons_that_die_one_after_the_other_are_given_up() {
     assert!(mounts::on(&at).is_some(), "the kernel keeps the dead mount");
     umount(&scratch, at.to_str().unwrap());
     assert_eq!(scratch.names(), ["disk.qcow2"]);
+}
+
+/// A service manager with a store of descriptors, as systemd is one: it starts the program again when that was killed, and hands
+/// back what it had been given. It says when the program is ready, and ends with it.
+const MANAGER: &str = r#"
+import array, os, signal, socket, subprocess, sys
+path = sys.argv[1]
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+listener.bind(path)
+stored = {}
+child = None
+def start():
+    def before():
+        names, own = list(stored), [os.dup(descriptor) for descriptor in stored.values()]
+        own = [os.dup2(os.dup(descriptor), 100 + number) for number, descriptor in enumerate(own)]
+        for number, descriptor in enumerate(own):
+            os.dup2(descriptor, 3 + number)
+        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(names)), LISTEN_FDNAMES=":".join(names))
+        for descriptor in range(3 + len(own), 200):
+            try: os.close(descriptor)
+            except OSError: pass
+    def begin():
+        before()
+        os.execve(sys.argv[2], sys.argv[2:], dict(os.environ, NOTIFY_SOCKET=path))
+    pid = os.fork()
+    if pid == 0:
+        begin()
+    return pid
+child = start()
+listener.settimeout(0.05)
+while True:
+    try:
+        data, control, _, _ = listener.recvmsg(4096, socket.CMSG_SPACE(64))
+    except TimeoutError:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid == 0:
+            continue
+        if not os.WIFSIGNALED(status):
+            sys.exit(os.WEXITSTATUS(status))
+        child = start()
+        continue
+    lines = dict(line.split("=", 1) for line in data.decode().splitlines())
+    if "FDSTORE" in lines:
+        for level, kind, value in control:
+            descriptors = array.array("i", value)
+            stored[lines["FDNAME"]] = descriptors[0]
+    elif "FDSTOREREMOVE" in lines:
+        descriptor = stored.pop(lines["FDNAME"], None)
+        if descriptor is not None:
+            os.close(descriptor)
+    elif "READY" in lines:
+        print("ready", child, flush=True)
+"#;
+
+#[test]
+fn service_is_started_again_by_its_manager() {
+    only_stord!();
+    needs!(root, "qemu-img", "python3");
+    let scratch = Scratch::new();
+    let image = image(&scratch, "qcow2");
+    let at = scratch.path("m");
+    let mut manager = Command::new("python3")
+        .args(["-c", MANAGER])
+        .arg(scratch.path("notify"))
+        .arg(program())
+        .args(["mount", "--foreground", "--keep"])
+        .args([&image, &at])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(manager.stdout.take().unwrap()).lines();
+    let mut ready = || -> i32 {
+        let line = said
+            .by_ref()
+            .map(Result::unwrap)
+            .find(|line| line.starts_with("ready"));
+        line.expect("it is ready")["ready ".len()..]
+            .parse()
+            .unwrap()
+    };
+    let mut daemon = Daemon::adopt(&scratch, ready());
+    let content = Load::run(&at, 47, |load| {
+        for _ in 0..3 {
+            load.get_on();
+            daemon.kill_hard();
+            daemon = Daemon::adopt(&scratch, ready());
+        }
+        load.get_on();
+    });
+    assert_eq!(serving(&at), Some(daemon.pid()));
+    umount(&scratch, at.to_str().unwrap());
+    assert!(manager.wait().unwrap().success());
+    assert_same("image", &qemu::content(&scratch, &image, "qcow2"), &content);
+    assert!(!at.exists(), "it had been made for the mount");
 }
 
 #[test]

@@ -20,6 +20,7 @@ use stord_qmp::Error;
 use super::channel::Channel;
 use super::handover::{END, Offer, PATIENCE, RELEASE, RELEASED, send_offer};
 use super::plan::{EXPORT, Plan, text_of};
+use super::store::{self, Stored};
 use crate::daemon::Daemon;
 use crate::daemonize;
 use crate::report::{program, reason};
@@ -32,11 +33,18 @@ const MAX_DEATHS: u64 = 5;
 const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The keeper of this process's mount; it ends with this value.
+/// Who keeps this process's mount, until this value is dropped: a process of ours, or the service manager.
 #[derive(Debug)]
-pub struct Keeper(Channel);
+pub struct Keeper {
+    _process: Option<Process>,
+    _manager: Option<Stored>,
+}
 
-impl Drop for Keeper {
+/// The keeper at the other end of a channel.
+#[derive(Debug)]
+struct Process(Channel);
+
+impl Drop for Process {
     fn drop(&mut self) {
         // If it does not hear this, it is gone.
         let _ = self.0.send(END, &[]);
@@ -44,7 +52,7 @@ impl Drop for Keeper {
 }
 
 impl Keeper {
-    /// Starts a keeper if the plan wants one.
+    /// Starts a keeper if the plan wants one; a service has its manager for that.
     ///
     /// # Errors
     /// It cannot be started.
@@ -52,6 +60,7 @@ impl Keeper {
         daemon: &Daemon,
         plan: &Plan,
         image: &OwnedFd,
+        is_service: bool,
     ) -> Result<Option<Self>, Error> {
         if !plan.keep {
             return Ok(None);
@@ -64,6 +73,13 @@ impl Keeper {
             let reason = reason(&error);
             Error::generic(format!("cannot start a keeper: {reason}")).with_source(error)
         };
+        if is_service {
+            let stored = store::put(plan, &connection, image).map_err(failed)?;
+            return Ok(Some(Self {
+                _process: None,
+                _manager: Some(stored),
+            }));
+        }
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
         let spawned = Command::new("/proc/self/exe")
             .arg0(program())
@@ -77,7 +93,10 @@ impl Keeper {
         let channel = Channel::new(ours);
         let text = Offer::text(plan, &connection);
         send_offer(&channel, &text, image, connection.devices()).map_err(failed)?;
-        Ok(Some(Self(channel)))
+        Ok(Some(Self {
+            _process: Some(Process(channel)),
+            _manager: None,
+        }))
     }
 }
 

@@ -19,6 +19,7 @@ mod partition;
 mod plan;
 pub mod registry;
 mod serving;
+mod store;
 mod takeover;
 pub mod unmount;
 
@@ -34,6 +35,7 @@ pub use plan::image_options;
 
 use crate::daemon::{Daemon, run_local};
 use crate::daemonize::Background;
+use crate::notify;
 use crate::report::Origin;
 use announce::announce;
 use guess::Format;
@@ -90,6 +92,10 @@ pub fn run(args: MountArgs, background: Option<Background>) -> ExitCode {
 }
 
 async fn serve(args: &MountArgs, background: Option<Background>) -> Result<ExitCode, Error> {
+    let is_service = background.is_none() && notify::is_heard();
+    if is_service && let Some(offer) = store::take() {
+        return takeover::resume(offer).await;
+    }
     let registry = Registry::of_user();
     let image = Image::look_at(args, &registry)?;
     let mountpoint = prepare_mountpoint(args, &image, &registry)?;
@@ -97,7 +103,7 @@ async fn serve(args: &MountArgs, background: Option<Background>) -> Result<ExitC
     let deleted = daemon.events.subscribe();
     let started = async {
         let plan = mount(&daemon, args, &image, &mountpoint).await?;
-        let keeper = Keeper::start_if_wanted(&daemon, &plan, &image.handle)?;
+        let keeper = Keeper::start_if_wanted(&daemon, &plan, &image.handle, is_service)?;
         let mounted = Mounted::register(&daemon, plan, image.handle, mountpoint, keeper)?;
         announce(&daemon, mounted.plan(), args).await?;
         Ok(mounted)

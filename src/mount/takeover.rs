@@ -55,7 +55,7 @@ pub async fn run(background: Background) -> Result<ExitCode, Error> {
         open_when_free(&daemon, &plan).await?;
         plan.open_partitions(&daemon).await?;
         plan.export(&daemon, Some(connection)).await?;
-        Keeper::start_if_wanted(&daemon, &plan, &image)
+        Keeper::start_if_wanted(&daemon, &plan, &image, false)
     };
     let keeper = match started.await {
         Ok(keeper) => keeper,
@@ -70,15 +70,51 @@ pub async fn run(background: Background) -> Result<ExitCode, Error> {
         }
     };
     leave_alone(channel).await;
-    let registry = Registry::of_user();
-    for dead in registry.find(&plan.mountpoint) {
+    forget_dead(&plan);
+    let mountpoint = Mountpoint::of_mount(&plan.mountpoint, plan.created);
+    let mounted = Mounted::register(&daemon, plan, image, mountpoint, keeper)?;
+    mounted.serve(deleted, Some(background)).await
+}
+
+/// Goes on with the mount that a service's dead daemon had left with the manager, and returns the exit status in the end.
+///
+/// # Errors
+/// It cannot be taken over, and is given up.
+pub async fn resume(offer: Offer) -> Result<ExitCode, Error> {
+    let Offer {
+        plan,
+        connection,
+        image,
+    } = offer;
+    supply(text_of(&plan.image)?, image.try_clone().map_err(lost)?);
+    let mountpoint = Mountpoint::of_mount(&plan.mountpoint, plan.created);
+    let daemon = Daemon::start()?;
+    let deleted = daemon.events.subscribe();
+    let started = async {
+        open_when_free(&daemon, &plan).await?;
+        plan.open_partitions(&daemon).await?;
+        plan.export(&daemon, Some(connection)).await?;
+        Keeper::start_if_wanted(&daemon, &plan, &image, true)
+    };
+    let keeper = match started.await {
+        Ok(keeper) => keeper,
+        Err(error) => {
+            daemon.close().await?;
+            return Err(error);
+        }
+    };
+    forget_dead(&plan);
+    let mounted = Mounted::register(&daemon, plan, image, mountpoint, keeper)?;
+    mounted.serve(deleted, None).await
+}
+
+/// Removes what dead daemons of the mount have left in the registry.
+fn forget_dead(plan: &Plan) {
+    for dead in Registry::of_user().find(&plan.mountpoint) {
         if dead.entry.mountpoint == plan.mountpoint && !dead.is_alive() {
             dead.remove();
         }
     }
-    let mountpoint = Mountpoint::of_mount(&plan.mountpoint, plan.created);
-    let mounted = Mounted::register(&daemon, plan, image, mountpoint, keeper)?;
-    mounted.serve(deleted, Some(background)).await
 }
 
 /// Tells the other that it can end, and waits until it has.
