@@ -244,6 +244,59 @@ fn depth_tells_the_layer() {
     served.daemon.stop();
 }
 
+#[test]
+fn bitmaps_tell_what_has_changed() {
+    needs!("qemu-img", "nbdsh");
+    let served = Served::start(&noise(11, 8 * MIB), "", ",writable=on,name=other");
+    let mut qmp = served.qmp();
+    qmp.execute(
+        "block-dirty-bitmap-add",
+        json!({"node": "disk", "name": "b", "granularity": 65536}),
+    );
+    let export =
+        json!({"type": "nbd", "id": "b", "node-name": "disk", "writable": true, "bitmaps": ["b"]});
+    assert_eq!(
+        qmp.refuse(
+            "block-export-add",
+            json!({"type": "nbd", "id": "b", "node-name": "disk", "bitmaps": ["b"]})
+        ),
+        "Enabled bitmap 'b' incompatible with readonly export"
+    );
+    assert_eq!(
+        qmp.refuse(
+            "block-export-add",
+            json!({"type": "nbd", "id": "b", "node-name": "disk", "bitmaps": ["c"]})
+        ),
+        "Bitmap 'c' is not found"
+    );
+    qmp.execute("block-export-add", export);
+    assert!(
+        qmp.refuse(
+            "block-dirty-bitmap-remove",
+            json!({"node": "disk", "name": "b"})
+        )
+        .contains("in use by another operation")
+    );
+    served.nbdsh(
+        "h.pwrite(b'x' * 100, 200000)\n\
+         h.pwrite(b'x' * 70000, 1 << 20)\n\
+         s = nbd.NBD()\n\
+         s.add_meta_context('qemu:dirty-bitmap:b')\n\
+         s.connect_uri(h.get_uri())\n\
+         got = []\n\
+         s.block_status(2 << 20, 0, lambda context, offset, extents, error: got.append(list(extents)) or 0)\n\
+         k = 65536\n\
+         assert got == [[3 * k, 0, k, 1, 12 * k, 0, 2 * k, 1, 14 * k, 0]], got\n",
+    );
+    qmp.execute("block-export-del", json!({"id": "b", "mode": "hard"}));
+    qmp.event("BLOCK_EXPORT_DELETED");
+    qmp.execute(
+        "block-dirty-bitmap-remove",
+        json!({"node": "disk", "name": "b"}),
+    );
+    served.daemon.quit(&mut qmp);
+}
+
 /// QEMU asks for extended headers, which this libnbd does not know.
 #[test]
 fn qemu_talks_with_it_in_extended_headers() {

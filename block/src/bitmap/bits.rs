@@ -150,6 +150,39 @@ impl Bits {
             .sum()
     }
 
+    /// Whether a bit is set, and the first bit after it that is otherwise; `end` if that comes first.
+    pub(super) fn run_at(&self, bit: u64, end: u64) -> (bool, u64) {
+        let mut at = bit;
+        let mut is_set = None;
+        while at < end {
+            let piece = piece_of(at).and_then(|index| self.pieces.get(index)?.load_full());
+            let next_piece = (at / PIECE_BITS + 1) * PIECE_BITS;
+            let Some(piece) = piece else {
+                if *is_set.get_or_insert(false) {
+                    break;
+                }
+                at = next_piece;
+                continue;
+            };
+            while at < next_piece.min(end) {
+                let word = usize::try_from(at % PIECE_BITS / 64).unwrap_or(0);
+                let word = piece[word].load(Ordering::Relaxed) >> (at % 64);
+                let is_set = *is_set.get_or_insert(word & 1 == 1);
+                let same = if is_set {
+                    word.trailing_ones()
+                } else {
+                    word.trailing_zeros()
+                };
+                let left = 64 - at % 64;
+                if u64::from(same) < left {
+                    return (is_set, (at + u64::from(same)).min(end));
+                }
+                at += left;
+            }
+        }
+        (is_set.unwrap_or(false), at.min(end))
+    }
+
     /// Runs of set bits.
     pub(super) fn runs(&self) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();

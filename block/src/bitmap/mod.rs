@@ -165,6 +165,28 @@ impl DirtyBitmap {
         }
     }
 
+    /// Whether the byte at `offset` is dirty, and for how many of the `len` bytes from there the same is true; at least 1.
+    pub fn extent(&self, offset: u64, len: u64) -> (bool, u64) {
+        let end = offset.saturating_add(len);
+        let shift = self.granularity_bits;
+        let bits = self.bits.load();
+        let last = (end.saturating_sub(1) >> shift) + 1;
+        let (is_dirty, bit) = bits.run_at(offset >> shift, last);
+        let stop = bit.saturating_mul(1 << shift).min(end);
+        (is_dirty, (stop - offset).max(1))
+    }
+
+    /// Keeps users from changing it, or no longer.
+    pub fn set_busy(&self, busy: bool) {
+        if busy {
+            self.state
+                .fetch_or(BitmapState::BUSY.bits(), Ordering::AcqRel);
+        } else {
+            self.state
+                .fetch_and(!BitmapState::BUSY.bits(), Ordering::AcqRel);
+        }
+    }
+
     /// Dirty bytes, in whole granules.
     pub fn dirty_bytes(&self) -> u64 {
         self.bits.load().count() << self.granularity_bits

@@ -96,3 +96,23 @@ fn memory_follows_what_is_set() {
     huge.set(1 << 43, 4096);
     assert_eq!(huge.dirty_bytes(), 4096);
 }
+
+#[test]
+fn extents_end_where_the_bits_change() {
+    let bitmap = DirtyBitmap::new("b".to_owned(), 16, 1 << 40, BitmapState::ENABLED);
+    const GRANULE: u64 = 1 << 16;
+    bitmap.set(3 * GRANULE, 1);
+    bitmap.set(5 * GRANULE, 90 * GRANULE);
+    // Past the first piece, and across the boundary of the second.
+    let far = 2 * PIECE_BITS * GRANULE;
+    bitmap.set(far - GRANULE, 2 * GRANULE);
+    let at = |offset, len| bitmap.extent(offset, len);
+    assert_eq!(at(0, 1 << 40), (false, 3 * GRANULE));
+    assert_eq!(at(100, 200), (false, 200));
+    assert_eq!(at(3 * GRANULE + 5, 1 << 30), (true, GRANULE - 5));
+    assert_eq!(at(5 * GRANULE, 1 << 30), (true, 90 * GRANULE));
+    assert_eq!(at(6 * GRANULE, GRANULE), (true, GRANULE));
+    assert_eq!(at(95 * GRANULE, 1 << 40), (false, far - 96 * GRANULE));
+    assert_eq!(at(far - 1, 1 << 40), (true, GRANULE + 1));
+    assert_eq!(at(far + GRANULE, 1 << 39), (false, 1 << 39));
+}

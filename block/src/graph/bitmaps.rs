@@ -8,7 +8,7 @@ use stord_qmp::Error;
 
 use super::{DrainedSection, Graph, Node};
 use crate::bitmap::{BitmapState, DirtyBitmap, Use, check};
-use crate::driver::{BitmapStore, Driver};
+use crate::driver::{BACKING, BitmapStore, Driver};
 
 /// The longest name in bytes.
 const MAX_NAME: usize = 1023;
@@ -209,6 +209,34 @@ impl Graph {
             found.bitmap.merge(&source.bitmap);
         }
         Ok(())
+    }
+
+    /// The bitmap of that name of a node or what lies behind it, busy from now on: [`DirtyBitmap::set_busy`] gives it back. A reader
+    /// who may not see writes cannot have one that still records.
+    ///
+    /// # Errors
+    /// There is no such bitmap, or it cannot be used.
+    pub fn borrow_bitmap(
+        &self,
+        node: &str,
+        name: &str,
+        is_reader: bool,
+    ) -> Result<Arc<DirtyBitmap>, Error> {
+        let mut node = Some(self.find(node)?);
+        while let Some(layer) = node {
+            if let Some(bitmap) = layer.bitmaps().find(name) {
+                check(&bitmap, Use::Read)?;
+                if is_reader && !layer.is_read_only() && bitmap.is(BitmapState::ENABLED) {
+                    return Err(Error::generic(format!(
+                        "Enabled bitmap '{name}' incompatible with readonly export"
+                    )));
+                }
+                bitmap.set_busy(true);
+                return Ok(bitmap);
+            }
+            node = layer.children().node(BACKING);
+        }
+        Err(Error::generic(format!("Bitmap '{name}' is not found")))
     }
 
     /// SHA-256 of a bitmap's bits, in hexadecimal.

@@ -10,10 +10,12 @@
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use stord_aio::sync::Notify;
 use stord_aio::{Errno, IoBuffer, IoVec, spawn_local, yield_now};
 use stord_block::Backend;
+use stord_block::bitmap::DirtyBitmap;
 use stord_block::drivers::protocol::nbd::inbox::Inbox;
 use stord_block::drivers::protocol::nbd::transport::Transport;
 use stord_block::drivers::protocol::nbd::wire::{Command, CommandFlags, MAX_PAYLOAD};
@@ -46,6 +48,8 @@ pub(super) struct Service {
     pub(super) backend: Backend,
     pub(super) writable: bool,
     pub(super) writethrough: bool,
+    /// Those of the export, in its order.
+    pub(super) bitmaps: Vec<Arc<DirtyBitmap>>,
     pub(super) manner: Manner,
 }
 

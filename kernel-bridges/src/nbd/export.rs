@@ -3,17 +3,21 @@
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use nix::sys::socket::{Shutdown, shutdown};
 use stord_aio::Context;
 use stord_aio::sync::Notify;
 use stord_block::Backend;
-use stord_block::drivers::protocol::nbd::wire::{self, BlockSizeInfo, TransmissionFlags};
+use stord_block::bitmap::DirtyBitmap;
+use stord_block::drivers::protocol::nbd::wire::{
+    self, ALLOCATION_DEPTH, BASE_ALLOCATION, BlockSizeInfo, DIRTY_BITMAP, TransmissionFlags,
+};
 
 use stord_qmp::schema::export::BlockExportOptionsNbd;
 
 use super::connection;
-use super::handshake::Agreement;
+use super::handshake::{Agreement, MetaContext};
 use crate::export::{Ended, Export, LocalFuture, Parts};
 
 /// Requests of this many bytes and their multiples are fast, whatever the image.
@@ -28,6 +32,8 @@ pub(crate) struct NbdExport {
     writable: bool,
     writethrough: bool,
     allocation_depth: bool,
+    /// Busy as long as the export lives.
+    bitmaps: Vec<Arc<DirtyBitmap>>,
     clients: RefCell<Vec<Client>>,
     /// Number of the client that comes next.
     next: Cell<u64>,
@@ -54,7 +60,12 @@ pub(super) struct Presentation {
 
 impl NbdExport {
     /// An export without clients.
-    pub(crate) fn new(name: String, options: &BlockExportOptionsNbd, parts: Parts) -> Rc<Self> {
+    pub(crate) fn new(
+        name: String,
+        options: &BlockExportOptionsNbd,
+        bitmaps: Vec<Arc<DirtyBitmap>>,
+        parts: Parts,
+    ) -> Rc<Self> {
         Rc::new(Self {
             name,
             description: options.description.clone(),
@@ -63,6 +74,7 @@ impl NbdExport {
             writable: parts.writable,
             writethrough: parts.writethrough,
             allocation_depth: options.allocation_depth.unwrap_or(false),
+            bitmaps,
             clients: RefCell::default(),
             next: Cell::new(0),
             is_closing: Cell::new(false),
@@ -80,9 +92,18 @@ impl NbdExport {
         self.description.as_deref()
     }
 
-    /// Whether clients can see how deep data lies in the backing chain.
-    pub(super) fn has_allocation_depth(&self) -> bool {
-        self.allocation_depth
+    /// The metadata contexts that clients can choose, with their names.
+    pub(super) fn contexts(&self) -> Vec<(MetaContext, String)> {
+        let mut contexts = vec![(MetaContext::Allocation, BASE_ALLOCATION.to_owned())];
+        if self.allocation_depth {
+            contexts.push((MetaContext::Depth, ALLOCATION_DEPTH.to_owned()));
+        }
+        let bitmaps = (0..).zip(&self.bitmaps);
+        contexts.extend(bitmaps.map(|(index, bitmap)| {
+            let name = format!("{DIRTY_BITMAP}{}", bitmap.name());
+            (MetaContext::Bitmap(index), name)
+        }));
+        contexts
     }
 
     /// Whether new clients are let in.
@@ -159,6 +180,7 @@ impl NbdExport {
             backend: self.backend.clone(),
             writable: self.writable,
             writethrough: self.writethrough,
+            bitmaps: self.bitmaps.clone(),
             manner,
         };
         let (fd, tls) = channel.into_parts();
@@ -204,6 +226,9 @@ impl Export for NbdExport {
     }
 
     fn finish(&self) -> LocalFuture<'_> {
+        for bitmap in &self.bitmaps {
+            bitmap.set_busy(false);
+        }
         Box::pin(async {})
     }
 }

@@ -1,10 +1,13 @@
 //! What is where: answers to `BLOCK_STATUS`, and which parts of a read are zeroes.
 
 use stord_aio::Errno;
-use stord_block::drivers::protocol::nbd::wire::{Extent32, Extent64, STATE_HOLE, STATE_ZERO};
-use stord_block::{Backend, Detail, Location};
+use stord_block::drivers::protocol::nbd::wire::{
+    Extent32, Extent64, STATE_DIRTY, STATE_HOLE, STATE_ZERO,
+};
+use stord_block::{Detail, Location};
 use zerocopy::IntoBytes as _;
 
+use super::connection::Service;
 use super::handshake::MetaContext;
 use super::reply::Style;
 
@@ -28,7 +31,7 @@ impl Extent {
 /// Extents from the start of the range on; the whole of it, unless there are too many. With `one`, the first is enough.
 pub(super) async fn of(
     context: MetaContext,
-    backend: &Backend,
+    service: &Service,
     offset: u64,
     length: u64,
     one: bool,
@@ -37,16 +40,7 @@ pub(super) async fn of(
     let end = offset.saturating_add(length);
     let mut at = offset;
     while at < end {
-        let location = backend.locate(at, end - at, Detail::Map).await?;
-        let flags = match context {
-            MetaContext::Allocation => allocation(&location),
-            MetaContext::Depth if location.present => location.depth.saturating_add(1),
-            MetaContext::Depth => 0,
-        };
-        let extent = Extent {
-            length: location.len,
-            flags,
-        };
+        let extent = first(context, service, at, end - at).await?;
         at += extent.length;
         if let Some(last) = extents.last_mut()
             && last.flags == extent.flags
@@ -59,6 +53,31 @@ pub(super) async fn of(
         }
     }
     Ok(extents)
+}
+
+async fn first(
+    context: MetaContext,
+    service: &Service,
+    offset: u64,
+    length: u64,
+) -> Result<Extent, Errno> {
+    if let MetaContext::Bitmap(index) = context {
+        let index = usize::try_from(index).map_err(|_| Errno::EINVAL)?;
+        let bitmap = service.bitmaps.get(index).ok_or(Errno::EINVAL)?;
+        let (is_dirty, length) = bitmap.extent(offset, length);
+        let flags = if is_dirty { STATE_DIRTY } else { 0 };
+        return Ok(Extent { length, flags });
+    }
+    let location = service.backend.locate(offset, length, Detail::Map).await?;
+    let flags = match context {
+        MetaContext::Allocation => allocation(&location),
+        _ if location.present => location.depth.saturating_add(1),
+        _ => 0,
+    };
+    Ok(Extent {
+        length: location.len,
+        flags,
+    })
 }
 
 fn allocation(location: &Location) -> u32 {

@@ -8,9 +8,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use stord_block::drivers::protocol::nbd::wire::{
-    ALLOCATION_DEPTH, BASE_ALLOCATION, ExportInfo, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting,
-    INIT_MAGIC, InfoKind, MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionKind,
-    OptionReply, OptionReplyHeader, TransmissionFlags,
+    ExportInfo, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting, INIT_MAGIC, InfoKind, MAX_STRING,
+    OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionHeader, OptionKind, OptionReply, OptionReplyHeader,
+    TransmissionFlags,
 };
 use stord_credentials::Credentials;
 use stord_credentials::tls::{TlsCredentials, TlsSession};
@@ -71,6 +71,8 @@ pub(super) enum MetaContext {
     Allocation,
     /// How deep in the backing chain it lies.
     Depth,
+    /// What a dirty bitmap of the export has marked, by its place in the export's list.
+    Bitmap(u32),
 }
 
 impl MetaContext {
@@ -79,13 +81,7 @@ impl MetaContext {
         match self {
             Self::Allocation => 0,
             Self::Depth => 1,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Allocation => BASE_ALLOCATION,
-            Self::Depth => ALLOCATION_DEPTH,
+            Self::Bitmap(index) => 2 + index,
         }
     }
 }
@@ -401,28 +397,25 @@ impl Handshake<'_> {
             let text = format!("export '{name}' not present");
             return self.refuse(number, OptionReply::Unknown, &text).await;
         };
-        let mut available = vec![MetaContext::Allocation];
-        if export.has_allocation_depth() {
-            available.push(MetaContext::Depth);
-        }
-        let is_wanted = |context: &MetaContext| {
+        let is_wanted = |(_, name): &(MetaContext, String)| {
             if is_choice {
-                queries.contains(&context.name())
+                queries.contains(&name.as_str())
             } else {
-                queries.is_empty() || queries.iter().any(|query| lists(query, context.name()))
+                queries.is_empty() || queries.iter().any(|query| lists(query, name))
             }
         };
-        let found: Vec<_> = available.into_iter().filter(is_wanted).collect();
-        for context in &found {
+        let found: Vec<_> = export.contexts().into_iter().filter(is_wanted).collect();
+        for (context, name) in &found {
             // The number means nothing in a list.
             let id = if is_choice { context.id() } else { 0 };
             let mut data = id.to_be_bytes().to_vec();
-            data.extend_from_slice(context.name().as_bytes());
+            data.extend_from_slice(name.as_bytes());
             self.reply(number, OptionReply::MetaContext, &data).await?;
         }
         self.acknowledge(kind).await?;
         if is_choice {
-            self.chosen = Some((export.name().to_owned(), found));
+            let contexts = found.into_iter().map(|(context, _)| context).collect();
+            self.chosen = Some((export.name().to_owned(), contexts));
         }
         Ok(())
     }
@@ -528,6 +521,7 @@ fn lists(query: &str, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use stord_block::drivers::protocol::nbd::wire::{ALLOCATION_DEPTH, BASE_ALLOCATION};
 
     #[test]
     fn malformed_options_are_seen() {

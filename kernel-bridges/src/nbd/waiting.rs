@@ -99,10 +99,9 @@ impl Connection {
             && !request.flags.contains(CommandFlags::DF)
             && request.length > SHORT.into();
         if may_have_holes {
-            let backend = &self.service.backend;
             let found = extents::of(
                 MetaContext::Allocation,
-                backend,
+                &self.service,
                 request.offset,
                 request.length,
                 false,
@@ -196,10 +195,9 @@ impl Connection {
         };
         let one = request.flags.contains(CommandFlags::REQ_ONE);
         let style = self.service.manner.style;
-        let backend = &self.service.backend;
         let mut chunks = Vec::new();
         for context in contexts {
-            match extents::of(context, backend, request.offset, length, one).await {
+            match extents::of(context, &self.service, request.offset, length, one).await {
                 Ok(found) => chunks.push(extents::encode(style, context, &found)),
                 Err(errno) => return self.reply(request, Err(errno)),
             }

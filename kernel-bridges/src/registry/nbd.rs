@@ -4,9 +4,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use stord_block::bitmap::DirtyBitmap;
 use stord_block::drivers::protocol::nbd::wire::MAX_STRING;
 use stord_credentials::Credentials;
 use stord_qmp::Error;
+use stord_qmp::schema::bitmap::{BlockDirtyBitmap, BlockDirtyBitmapOrStr};
 use stord_qmp::schema::export::{
     BlockExportKind, BlockExportOptions, BlockExportOptionsNbd, BlockExportRemoveMode,
     BlockExportType,
@@ -80,6 +82,7 @@ impl ExportRegistry {
             description,
             device,
             writable,
+            bitmap,
         } = options;
         self.nbd.check_running()?;
         let node = self.graph.find(&device).map_err(|_| {
@@ -98,6 +101,7 @@ impl ExportRegistry {
                 BlockExportKind::Nbd(BlockExportOptionsNbd {
                     name: Some(name.clone()),
                     description,
+                    bitmaps: bitmap.map(|name| vec![BlockDirtyBitmapOrStr::Local(name)]),
                     ..BlockExportOptionsNbd::default()
                 }),
                 name,
@@ -158,6 +162,25 @@ impl ExportRegistry {
         self.nbd.check_name(name)
     }
 
+    fn borrow_bitmaps(
+        &self,
+        entry: &Entry,
+        options: &BlockExportOptionsNbd,
+        parts: &Parts,
+        borrowed: &mut Vec<Arc<DirtyBitmap>>,
+    ) -> Result<(), Error> {
+        for bitmap in options.bitmaps.iter().flatten() {
+            let (node, name) = match bitmap {
+                BlockDirtyBitmapOrStr::Local(name) => (entry.node_name.as_str(), name),
+                BlockDirtyBitmapOrStr::External(BlockDirtyBitmap { node, name }) => {
+                    (node.as_str(), name)
+                }
+            };
+            borrowed.push(self.graph.borrow_bitmap(node, name, !parts.writable)?);
+        }
+        Ok(())
+    }
+
     pub(super) fn start_nbd(
         &self,
         entry: &Entry,
@@ -166,8 +189,17 @@ impl ExportRegistry {
     ) -> Result<(Rc<dyn Export>, Ended), Error> {
         let name = options.name.clone();
         let name = name.unwrap_or_else(|| entry.node_name.clone());
-        let export = NbdExport::new(name, options, parts);
-        self.nbd.offer(&export)?;
+        let mut bitmaps: Vec<Arc<DirtyBitmap>> = Vec::new();
+        let made = self.borrow_bitmaps(entry, options, &parts, &mut bitmaps);
+        let offered = made.and_then(|()| {
+            let export = NbdExport::new(name, options, bitmaps.clone(), parts);
+            self.nbd.offer(&export).map(|()| export)
+        });
+        let export = offered.inspect_err(|_| {
+            for bitmap in &bitmaps {
+                bitmap.set_busy(false);
+            }
+        })?;
         let ended = export.ended();
         Ok((export, ended))
     }

@@ -2,6 +2,7 @@
 
 use super::block::OnOffAuto;
 use crate::Qapi;
+use crate::schema::bitmap::BlockDirtyBitmapOrStr;
 
 /// What `block-export-add` and `--export` create.
 #[derive(Clone, Debug, PartialEq, Qapi)]
@@ -58,6 +59,8 @@ pub struct BlockExportOptionsNbd {
     pub name: Option<String>,
     /// What it is, for people; at most 4096 bytes.
     pub description: Option<String>,
+    /// Dirty bitmaps that clients can see, as `qemu:dirty-bitmap:NAME`.
+    pub bitmaps: Option<Vec<BlockDirtyBitmapOrStr>>,
     /// Let clients see how deep in the backing chain data lies, as `qemu:allocation-depth`; default off.
     pub allocation_depth: Option<bool>,
 }

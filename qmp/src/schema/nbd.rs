@@ -59,6 +59,8 @@ pub struct NbdServerAddOptions {
     pub device: String,
     /// Let clients write; default off.
     pub writable: Option<bool>,
+    /// A dirty bitmap of the node that clients can see.
+    pub bitmap: Option<String>,
 }
 
 /// Arguments of `nbd-server-remove`.
