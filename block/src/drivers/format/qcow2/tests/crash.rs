@@ -109,7 +109,7 @@ fn run<'a>(
             .await;
         below.iter().for_each(MemoryDisk::heal);
         guest.assert_content(&what).await;
-        if plan.seed % 2 == 0 {
+        if plan.seed.is_multiple_of(2) {
             // Then little is left to do for the end.
             guest.flush().await.expect("the disk is healthy");
         }
