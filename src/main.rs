@@ -4,6 +4,7 @@
 //! a word, it does what the word says (`stord mount`).
 
 mod chardev;
+mod client;
 mod cmdline;
 mod daemon;
 mod daemonize;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::client::{self, QmpArgs};
 use crate::daemonize::{self, Half};
 use crate::image::check::{self, CheckArgs};
 use crate::image::create::{self, CreateArgs};
@@ -44,6 +45,7 @@ enum Command {
     Resize(ResizeArgs),
     Serve(ServeArgs),
     Snapshot(SnapshotArgs),
+    Qmp(QmpArgs),
 }
 
 /// Whether the arguments, the program's name not among them, are for us and not for the daemon.
@@ -77,6 +79,7 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
         Command::Map(args) => map::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
+        Command::Qmp(args) => client::run(&args),
         Command::Mount(mount_args) if mount_args.take_over => match daemonize::taking_over(argv0) {
             Ok(background) => mount::run(mount_args, Some(background)),
             Err(error) => {

@@ -2,9 +2,11 @@
 
 mod support;
 
+mod activation;
 mod bad_images;
 mod bad_input;
 mod bitmaps;
+mod client;
 mod content;
 mod conversation;
 mod crash;

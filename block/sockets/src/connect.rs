@@ -33,7 +33,14 @@ pub async fn connect(target: &SocketAddressKind) -> Result<Socket, Error> {
             let connected = connect_to(&address::vsock(vsock)?, None).await;
             connected.map_err(|error| failed(&place, error))
         }
-        SocketAddressKind::Fd(fd) => take(&fd.r#str, State::Connected),
+        SocketAddressKind::Fd(fd) => {
+            let sockets = take(&fd.r#str, State::Connected)?;
+            let only: Result<[Socket; 1], _> = sockets.try_into();
+            only.map(|[socket]| socket).map_err(|_| {
+                let name = &fd.r#str;
+                Error::generic(format!("Several sockets are named '{name}'"))
+            })
+        }
     }
 }
 

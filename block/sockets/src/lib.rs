@@ -13,6 +13,5 @@ mod resolve;
 
 pub use connect::{connect, has_nodelay};
 pub use listen::{Listeners, State, take};
-pub use passed::duplicate;
 pub use readiness::{Descriptor, Polled};
 pub use resolve::{Purpose, resolve};

@@ -59,7 +59,7 @@ impl Listeners {
                 let socket = bound.map_err(|error| failed("Failed to bind socket", error))?;
                 (vec![socket], None)
             }
-            SocketAddressKind::Fd(fd) => (vec![take(&fd.r#str, State::Listening)?], None),
+            SocketAddressKind::Fd(fd) => (take(&fd.r#str, State::Listening)?, None),
         };
         let local = sockets.first().and_then(|socket| socket.local_addr().ok());
         let prepare = |socket| Polled::new(socket, Interest::READABLE);
@@ -108,28 +108,31 @@ pub enum State {
     Connected,
 }
 
-/// The socket that was passed to the daemon under that number.
+/// The sockets that were passed to the daemon under that number or name: one, or several of a name.
 ///
 /// # Errors
 /// There is no such descriptor, or it is no socket in that state.
-pub fn take(text: &str, state: State) -> Result<Socket, Error> {
+pub fn take(text: &str, state: State) -> Result<Vec<Socket>, Error> {
     let no_socket = || Error::generic(format!("File descriptor '{text}' is not a socket"));
-    let fd: OwnedFd = match passed::duplicate(text) {
+    let descriptors = match passed::duplicate_all(text) {
         Err(error) if text.parse::<i32>().is_err() => return Err(error),
         Err(_) => return Err(no_socket()),
-        Ok(fd) => fd,
+        Ok(descriptors) => descriptors,
     };
-    let socket = Socket::from(fd);
-    let is_listening = socket.is_listener().map_err(|_| no_socket())?;
-    if is_listening != (state == State::Listening) {
-        let wanted = match state {
-            State::Listening => "does not listen",
-            State::Connected => "is not connected",
-        };
-        return Err(Error::generic(format!("Socket '{text}' {wanted}")));
-    }
-    socket.set_nonblocking(true).map_err(|_| no_socket())?;
-    Ok(socket)
+    let check = |fd: OwnedFd| {
+        let socket = Socket::from(fd);
+        let is_listening = socket.is_listener().map_err(|_| no_socket())?;
+        if is_listening != (state == State::Listening) {
+            let wanted = match state {
+                State::Listening => "does not listen",
+                State::Connected => "is not connected",
+            };
+            return Err(Error::generic(format!("Socket '{text}' {wanted}")));
+        }
+        socket.set_nonblocking(true).map_err(|_| no_socket())?;
+        Ok(socket)
+    };
+    descriptors.into_iter().map(check).collect()
 }
 
 fn listen_unix(
