@@ -4,6 +4,7 @@
 //! order; when one fails, what the steps before it made is taken down as in a regular shutdown, so
 //! that nothing is left behind.
 
+use std::cell::RefCell;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -23,8 +24,10 @@ use crate::daemonize::Background;
 use crate::lifecycle::{SHUTDOWN_LIMIT, Shutdown};
 use crate::monitor::events::Broadcast;
 use crate::monitor::{Monitors, Service, commands, nodes};
+use crate::mount::registry::Registry;
 use crate::objects::tree::Tree;
 use crate::pidfile::PidFile;
+use crate::presence::Presence;
 use crate::report::{Origin, reason};
 use crate::{notify, objects, report, trace, unbuilt};
 
@@ -46,6 +49,7 @@ pub struct Daemon {
     pub shutdown: Shutdown,
     /// The events for the monitors.
     pub events: Broadcast,
+    presence: RefCell<Option<Presence>>,
 }
 
 impl Daemon {
@@ -93,9 +97,19 @@ impl Daemon {
             contexts,
             shutdown,
             events,
+            presence: RefCell::default(),
         });
         nodes::report_events(&daemon)?;
         Ok(daemon)
+    }
+
+    /// Lets `stord ps` find the daemon, now that it is complete. One that cannot be found serves all
+    /// the same.
+    pub fn announce(self: &Rc<Self>) {
+        match Presence::announce(self, &Registry::of_user()) {
+            Ok(presence) => *self.presence.borrow_mut() = Some(presence),
+            Err(error) => tracing::debug!("stord ps will not find this daemon: {error}"),
+        }
     }
 
     /// The objects and the character devices as one tree.
@@ -111,6 +125,7 @@ impl Daemon {
     /// # Errors
     /// They did not all go within [`SHUTDOWN_LIMIT`].
     pub async fn close(&self) -> Result<(), Error> {
+        self.presence.take();
         let close = async {
             self.exports.close_all().await;
             self.jobs.end().await;
@@ -224,6 +239,8 @@ impl Server {
             }
         }
         let failed = |error| Stop::Failed(Origin::none(), error);
+        // Before anybody is told that the start is complete.
+        self.daemon.announce();
         if let Some(path) = &command_line.pidfile {
             self.pidfile = Some(PidFile::create(path).map_err(failed)?);
         }

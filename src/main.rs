@@ -15,6 +15,8 @@ mod mount;
 mod notify;
 mod objects;
 mod pidfile;
+mod presence;
+mod ps;
 mod report;
 mod serve;
 mod subcommand;

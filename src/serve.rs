@@ -68,6 +68,7 @@ async fn serve(args: &ServeArgs, background: Option<Background>) -> Result<(), E
     let daemon = Daemon::start()?;
     let started = start(&daemon, args, &address).await;
     let started = started.and_then(|()| {
+        daemon.announce();
         report::print(&format!("{}\n", uri(&address, &args.name)));
         background.map_or(Ok(()), Background::complete)
     });

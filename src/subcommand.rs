@@ -15,6 +15,7 @@ use crate::image::resize::{self, ResizeArgs};
 use crate::image::snapshot::{self, SnapshotArgs};
 use crate::mount::keeper::{self, KeepArgs};
 use crate::mount::{self, MountArgs};
+use crate::ps::{self, PsArgs};
 use crate::report::Origin;
 use crate::serve::{self, ServeArgs};
 use crate::umount::{self, UmountArgs};
@@ -46,6 +47,7 @@ enum Command {
     Serve(ServeArgs),
     Snapshot(SnapshotArgs),
     Qmp(QmpArgs),
+    Ps(PsArgs),
 }
 
 /// Whether the arguments, the program's name not among them, are for us and not for the daemon.
@@ -80,6 +82,7 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
         Command::Resize(args) => resize::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
         Command::Qmp(args) => client::run(&args),
+        Command::Ps(args) => ps::run(&args),
         Command::Mount(mount_args) if mount_args.take_over => match daemonize::taking_over(argv0) {
             Ok(background) => mount::run(mount_args, Some(background)),
             Err(error) => {

@@ -285,3 +285,92 @@ fn shell_reads_commands_from_a_file() {
     );
     daemon.stop();
 }
+
+/// What `stord ps` says in a world where nobody else's daemons are.
+fn ps(scratch: &Scratch, args: &[&str]) -> Ended {
+    let output = of_nobody(Command::new(program()), scratch)
+        .arg("ps")
+        .args(args)
+        .output()
+        .unwrap();
+    Ended::from(output)
+}
+
+/// An ordinary user without any daemon, whose directory is in the scratch directory.
+fn of_nobody(mut command: Command, scratch: &Scratch) -> Command {
+    if nix::unistd::geteuid().is_root() {
+        let mut unprivileged = Command::new("setpriv");
+        unprivileged
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
+            .arg(command.get_program());
+        command = unprivileged;
+    }
+    command
+        .current_dir(scratch.dir())
+        .env("XDG_RUNTIME_DIR", scratch.path("run"));
+    command
+}
+
+#[test]
+fn running_daemons_are_listed() {
+    needs!("setpriv");
+    if is_qemu() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let open_to_all = |path: &std::path::Path| {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o777))
+            .unwrap();
+    };
+    std::fs::create_dir(scratch.path("run")).unwrap();
+    open_to_all(&scratch.path("run"));
+    open_to_all(scratch.dir());
+    assert_eq!(ps(&scratch, &[]).stdout, "No daemon runs.\n");
+
+    std::fs::write(scratch.path("disk.raw"), vec![0; 1 << 20]).unwrap();
+    let command = of_nobody(Command::new(program()), &scratch);
+    let image = scratch.path("disk.raw");
+    let node = format!(
+        "file,node-name=disk,read-only=on,filename={}",
+        image.display()
+    );
+    let args = [
+        &MONITOR[..],
+        &[
+            "--blockdev",
+            &node,
+            "--nbd-server",
+            "addr.type=unix,addr.path=nbd.sock",
+        ],
+        &["--export", "nbd,id=first,node-name=disk"],
+    ]
+    .concat();
+    let mut daemon = Daemon::start_as(&scratch, command, &args);
+    let listed = ps(&scratch, &["--json"]);
+    let listed: Value = serde_json::from_str(&listed.stdout).unwrap();
+    assert_eq!(listed[0]["pid"], daemon.pid());
+    assert_eq!(listed[0]["exports"][0]["id"], "first");
+    assert_eq!(listed[0]["exports"][0]["image"], image.to_str().unwrap());
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    let table = ps(&scratch, &[]).stdout;
+    assert!(
+        table.contains("unix:qmp.sock") && table.contains("nbd first"),
+        "{table}"
+    );
+
+    // What comes and goes is seen at once.
+    let ended = Command::new(program())
+        .args(["qmp", "qmp.sock", "block-export-del", "id=first"])
+        .current_dir(scratch.dir())
+        .status()
+        .unwrap();
+    assert!(ended.success());
+    assert!(!ps(&scratch, &[]).stdout.contains("nbd first"));
+
+    // One that was killed leaves its socket behind, which the next look removes.
+    daemon.kill_hard();
+    let socket = scratch.path(&format!("run/stord/{}.status", daemon.pid()));
+    assert!(socket.exists());
+    assert_eq!(ps(&scratch, &[]).stdout, "No daemon runs.\n");
+    assert!(!socket.exists());
+}

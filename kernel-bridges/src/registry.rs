@@ -471,6 +471,11 @@ impl ExportRegistry {
             .collect()
     }
 
+    /// Where the export of that id is mounted, if it is.
+    pub fn mountpoint(&self, id: &str) -> Option<String> {
+        self.find(id)?.mountpoint.clone()
+    }
+
     /// Removes all exports, and returns when the last is gone and the NBD server has stopped.
     pub async fn close_all(self: &Rc<Self>) {
         self.close(|_| true).await;

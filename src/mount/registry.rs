@@ -130,6 +130,16 @@ impl Registry {
         Ok(Registered { path, _lock: lock })
     }
 
+    /// The directory, which is there and nobody else's. Another stord of the user may remove it as
+    /// long as it is empty.
+    ///
+    /// # Errors
+    /// It cannot be made, or belongs to another user.
+    pub fn directory(&self) -> io::Result<&Path> {
+        self.make_directory()?;
+        Ok(&self.0)
+    }
+
     /// Makes the directory, or checks that nobody else could have made it for us.
     fn make_directory(&self) -> io::Result<()> {
         match DirBuilder::new().mode(0o700).create(&self.0) {

@@ -92,6 +92,7 @@ impl Mounted {
         let door = door
             .inspect_err(|error| tracing::debug!(%error, "the mount cannot be taken over"))
             .ok();
+        self.daemon.announce();
         let ready = background.map_or(Ok(()), Background::complete);
         let mut end = End::Over;
         if ready.is_ok() {
