@@ -73,7 +73,7 @@ impl Connection {
             }
             greeting => greeting.ok(),
         };
-        if !greeting.is_some_and(|greeting| greeting.get("QMP").is_some()) {
+        if greeting.is_none_or(|greeting| greeting.get("QMP").is_none()) {
             let message = format!("'{place}' does not greet as a QMP monitor does");
             return Err(Failure::Lost(message));
         }
