@@ -17,6 +17,7 @@ mod fuse_life;
 mod fuse_semantics;
 mod hostile_clients;
 mod image_commands;
+mod io_errors;
 mod locking;
 mod memory;
 mod mount_command;
