@@ -22,9 +22,19 @@ fn writes_that_find_no_space_are_told_and_the_flood_is_held_back() {
     let small = scratch.path("small");
     std::fs::create_dir(&small).unwrap();
     let options = Some("size=64k");
-    mount(Some("none"), &small, Some("tmpfs"), MsFlags::empty(), options).unwrap();
+    mount(
+        Some("none"),
+        &small,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        options,
+    )
+    .unwrap();
     let image = small.join("a.raw");
-    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
     scratch.empty_file("m");
     let daemon = Daemon::start(
         &scratch,
