@@ -36,8 +36,8 @@ use super::ring_entry::{EntryParts, RingEntry};
 use super::session::Session;
 
 /// Entries that a queue begins with, that it gets at a time, and that it has at most.
-const ENTRIES: usize = 12;
-const MORE_ENTRIES: usize = 12;
+const ENTRIES: usize = 8;
+const MORE_ENTRIES: usize = 8;
 const MOST_ENTRIES: usize = 64;
 /// A queue with so many bytes of payload under way gets no more entries.
 const ENOUGH_BYTES: usize = 2 << 20;
