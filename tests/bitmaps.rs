@@ -372,6 +372,7 @@ fn corruption_is_reported_once_and_ends_the_use_of_the_image() {
         "of no more use"
     );
     assert!(disk.write_at(&buffer, 512 << 10).is_err());
+    drop(disk);
     daemon.quit(&mut qmp);
     let info = qemu::img(&["info", image.to_str().unwrap()]);
     assert!(info.contains("corrupt: true"), "{info}");

@@ -237,6 +237,10 @@ impl Format for Qcow2 {
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {
+        if self.0.unusable.load(Ordering::Acquire) {
+            // What was written before may not have been linked.
+            return Box::pin(async { Err(Errno::ENOMEDIUM) });
+        }
         Box::pin(self.0.write_back())
     }
 

@@ -114,6 +114,11 @@ impl Image {
             Obstacle::Again => Ok(()),
             Obstacle::Wait(ended) => ended.await,
             Obstacle::Alloc(error) => self.provide(error).await,
+            Obstacle::Bad(BadEntry::Unaligned(offset), guest) => {
+                let message =
+                    format!("Data cluster offset {offset:#x} unaligned (guest offset: {guest:#x})");
+                Err(self.corruption(true, &message).await)
+            }
             Obstacle::Bad(bad, guest) => Err(self.bad_entry(bad, guest).await),
         }
     }
