@@ -72,7 +72,8 @@ pub fn take() -> Option<Offer> {
     let names: Vec<&str> = names.split(':').collect();
     let find = |name: &str| {
         let index = names.iter().position(|known| *known == name)?;
-        stord_sockets::duplicate(&(FIRST + index).to_string()).ok()
+        let found = stord_sockets::duplicate_all(&(FIRST + index).to_string());
+        found.ok()?.pop()
     };
     let mut state = File::from(find(STATE)?);
     let mut text = String::new();

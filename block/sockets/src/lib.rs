@@ -13,5 +13,6 @@ mod resolve;
 
 pub use connect::{connect, has_nodelay};
 pub use listen::{Listeners, State, take};
+pub use passed::duplicate_all;
 pub use readiness::{Descriptor, Polled};
 pub use resolve::{Purpose, resolve};
