@@ -2,10 +2,15 @@
 //! for that, too.
 
 pub(crate) mod beside;
+mod opened;
+pub(crate) mod untrusted;
+
+// Not for fuzzing.
 #[cfg(test)]
 mod bitmaps;
 #[cfg(test)]
 mod cleaning;
+#[cfg(test)]
 mod crash;
 #[cfg(test)]
 mod damage;
@@ -23,13 +28,11 @@ mod history;
 mod made;
 #[cfg(test)]
 mod model;
-mod opened;
 #[cfg(test)]
 mod races;
 #[cfg(test)]
 mod reading;
 #[cfg(test)]
 mod snapshots;
-pub(crate) mod untrusted;
 #[cfg(test)]
 mod workload;

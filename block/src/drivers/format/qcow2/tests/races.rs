@@ -7,7 +7,7 @@ use stord_aio::{Errno, sim, spawn_local, yield_now};
 use stord_qmp::schema::create::PreallocMode;
 
 use super::harness::{Image, Setup, assert_same, created};
-use super::made::{Kind, Made, check};
+use super::made::{Kind, Made, assert_consistent, check};
 use crate::driver::ZeroFlags;
 use crate::io;
 use crate::testing::{Fault, MemoryDisk};
@@ -15,7 +15,7 @@ use crate::testing::{Fault, MemoryDisk};
 const CLUSTER: u64 = 4096;
 const CLUSTER_BYTES: usize = 4096;
 const SIZE: usize = 1 << 20;
-const SEEDS: u64 = 20;
+const SEEDS: u64 = 10;
 
 fn disk() -> MemoryDisk {
     MemoryDisk::new(created("cluster_size=4k", &SIZE.to_string()))
@@ -465,6 +465,80 @@ fn failed_flush_can_be_repeated() {
                 assert_same(&read, &[0xaa; 512], "flushed at last");
             }
             closed(image, &disk, "after the failure").await;
+        });
+    }
+}
+
+/// The header that names the new refcount table is late: nothing may be written to where the old one is.
+#[test]
+fn old_refcount_table_stays_until_the_header_names_the_new_one() {
+    let empty = created("cluster_size=512,refcount_bits=64", "4M");
+    for seed in 0..3 {
+        let disk = MemoryDisk::new(empty.clone());
+        sim::run(seed, || async move {
+            let image = opened(&disk).await;
+            disk.hold(|kind, offset, _| kind == Fault::Write && offset == 0);
+            let filler = image.clone();
+            let filled = start(async move {
+                // More than a table of one cluster can count.
+                for part in 0..9 {
+                    let fill = vec![0xaa; 256 << 10];
+                    filler
+                        .write(part * (256 << 10), &fill)
+                        .await
+                        .expect("writes");
+                }
+                filler.flush().await.expect("flushes");
+            });
+            disk.wait_held(1).await;
+            let writer = image.clone();
+            let written = start(async move {
+                let fill = vec![0xbb; 4096];
+                writer.write(3 << 20, &fill).await.expect("writes");
+            });
+            a_while().await;
+            // All has arrived but the header.
+            assert_consistent(&disk.bytes(), "without the header", true);
+            disk.release();
+            until(&filled).await;
+            until(&written).await;
+            closed(image, &disk, "with the header").await;
+        });
+    }
+}
+
+/// The L1 table moves, and then the header cannot be written: the length that is tried next must find room in the table that is there.
+#[test]
+fn change_of_length_that_failed_can_be_repeated() {
+    let empty = created("cluster_size=512", "64k");
+    for seed in 0..SEEDS {
+        let disk = MemoryDisk::new(empty.clone());
+        sim::run(seed, || async move {
+            let image = opened(&disk).await;
+            image.write(0, &[0xaa; 4096]).await.expect("writes");
+            disk.fail(|kind, offset, _| {
+                (kind == Fault::Write && offset == 0).then_some(Errno::EIO)
+            });
+            let grow = |size| io::truncate(&image.0, size, true, PreallocMode::Off);
+            assert_eq!(grow(1 << 20).await, Err(Errno::EIO));
+            assert_eq!(image.0.size(), 64 << 10);
+            disk.heal();
+            image.write(8192, &[0xbb; 4096]).await.expect("writes");
+            grow(1 << 19).await.expect("resizes");
+            image
+                .write((1 << 19) - 512, &[0xcc; 512])
+                .await
+                .expect("writes");
+            let content = image.read_all().await.expect("reads");
+            image.close().await.expect("closes");
+            // The place that the table was to move to is lost.
+            assert_consistent(&disk.bytes(), "after the second attempt", true);
+            let reopened = opened(&disk).await;
+            assert_same(
+                &reopened.read_all().await.expect("reads"),
+                &content,
+                "opened anew",
+            );
         });
     }
 }
