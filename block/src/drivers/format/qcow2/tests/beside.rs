@@ -122,11 +122,11 @@ fn options(choices: &mut Choices) -> BlockdevCreateOptionsQcow2 {
     let nowhere = BlockdevRef::Reference("file".to_owned());
     let mut options =
         BlockdevCreateOptionsQcow2::new(nowhere, 512 * (1 + choices.below(512)) as u64);
-    let extended = choices.byte() % 4 == 0;
+    let extended = choices.byte().is_multiple_of(4);
     let bits = if extended { 14 } else { 9 + choices.byte() % 6 };
     options.cluster_size = Some(1 << bits);
     options.extended_l2 = Some(extended);
-    if !extended && choices.byte() % 4 == 0 {
+    if !extended && choices.byte().is_multiple_of(4) {
         options.version = Some(BlockdevQcow2Version::V2);
     } else {
         options.refcount_bits = Some(1 << (choices.byte() % 7));
