@@ -13,6 +13,7 @@ use stord_qmp::Error;
 use super::claims::{Plan, top_down};
 use super::reopen::Target;
 use super::{Graph, Node};
+use crate::bitmap::BitmapState;
 use crate::driver::Driver;
 
 impl Graph {
@@ -100,6 +101,12 @@ impl Graph {
             flush.await.map_err(|_| Errno::EIO)??;
         }
         node.set_active(false);
+        // What is stored in the image goes with it.
+        for bitmap in node.bitmaps().list().iter() {
+            if bitmap.is(BitmapState::PERSISTENT) {
+                node.bitmaps().remove(bitmap.name());
+            }
+        }
         for root in self.roots_of(node) {
             root.suspend(true);
         }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use stord_aio::Errno;
 use stord_qmp::Error;
 use stord_qmp::schema::block::{
     BlockdevDriver, BlockdevOptions, BlockdevRefOrNull, ChangeBackingFile,
@@ -51,6 +52,12 @@ impl Graph {
     }
 
     async fn write_backing_name(&self, image: &Arc<Node>, name: &str) -> Result<(), Error> {
+        if !image.is_active() {
+            return Err(Error::os(
+                format!("Could not change backing file to '{name}'"),
+                Errno::EPERM,
+            ));
+        }
         let wanted = Some(name.to_owned()).filter(|name| !name.is_empty());
         let backing = image.children().node(BACKING);
         let format = backing.map(|backing| backing.driver_name().to_owned());
@@ -58,7 +65,7 @@ impl Graph {
         let changed = self.on_main(move || async move {
             match changing.driver() {
                 Driver::Format(driver) => driver.change_backing_file(wanted, format).await,
-                Driver::Protocol(_) => Err(stord_aio::Errno::ENOTSUP),
+                Driver::Protocol(_) => Err(Errno::ENOTSUP),
             }
         });
         changed

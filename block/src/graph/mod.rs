@@ -430,10 +430,13 @@ impl Graph {
     async fn close_unused(&self, node: Arc<Node>) {
         let mut unused = vec![node];
         while let Some(node) = unused.pop() {
-            if !node.is_read_only() {
+            // The image of an inactive node is another's by now.
+            if !node.is_read_only() && node.is_active() {
                 self.flush(&node).await;
             }
-            if let Driver::Format(_) = node.driver() {
+            if let Driver::Format(_) = node.driver()
+                && node.is_active()
+            {
                 self.close_image(&node).await;
             }
             self.nodes

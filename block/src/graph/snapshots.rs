@@ -196,6 +196,11 @@ impl Graph {
         change: impl FnOnce(&dyn InternalSnapshots) -> DriverFuture<'_> + Send + 'static,
     ) -> Result<(), Error> {
         let image = Arc::clone(&subject.image);
+        if !image.is_active() {
+            return Err(Error::generic(
+                "Permission 'write' unavailable on inactive node",
+            ));
+        }
         let changed = self
             .on_main(move || async move {
                 match snapshots_of(&image) {
