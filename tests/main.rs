@@ -27,6 +27,7 @@ mod nbd_client;
 mod nodes;
 mod parallel_writes;
 mod qmp_clients;
+mod qmp_programs;
 mod schema;
 mod sequences;
 mod snapshots;

@@ -11,9 +11,7 @@ use serde_json::{Value, json};
 
 use crate::needs;
 use crate::support::daemon::{Daemon, is_qemu, program};
-use crate::support::prerequisites::{python_with_qmp, skip};
-use crate::support::run::limited;
-use crate::support::{Qmp, Scratch, eventually, mounts, qemu};
+use crate::support::{Qmp, Scratch, eventually, mounts};
 
 const SOCKET: [&str; 4] = [
     "--chardev",
@@ -448,44 +446,6 @@ fn schema_lists_what_there_is() {
     daemon.quit(&mut qmp);
 }
 
-/// The package that Python programs use to talk to QEMU.
-#[test]
-fn python_client() {
-    needs!(root, "qemu-img");
-    let Some(python) = python_with_qmp() else {
-        skip("no Python with the package qemu.qmp: run scripts/setup test");
-        return;
-    };
-    let scratch = Scratch::new();
-    let image = scratch.path("disk.qcow2");
-    qemu::create(&image, 8 << 20, "");
-    let mount = scratch.empty_file("mnt");
-    let mut daemon = start(&scratch);
-    let ended = limited(python)
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qmp_client.py"))
-        .args([&scratch.path("qmp.sock"), &image, &mount])
-        .output()
-        .unwrap();
-    assert!(
-        ended.status.success(),
-        "{}",
-        String::from_utf8_lossy(&ended.stderr)
-    );
-    let seen: Value = serde_json::from_slice(&ended.stdout).unwrap();
-    assert_eq!(seen["greeting"], true);
-    assert_eq!(seen["size"], 8 << 20);
-    assert_eq!(seen["exports"][0]["id"], "export");
-    assert_eq!(
-        seen["error"],
-        json!(["GenericError", "Node disk is in use"])
-    );
-    assert_eq!(seen["crowd"], 50);
-    assert_eq!(seen["event"], json!({"id": "export"}));
-    daemon.assert_ends_well();
-    assert!(qemu::content(&scratch, &image, "qcow2").starts_with(b"written by a Python client"));
-    qemu::assert_clean(&image);
-}
-
 #[test]
 fn monitor_on_standard_input_and_output() {
     let scratch = Scratch::new();
@@ -622,4 +582,39 @@ fn server_socket_that_waits() {
     let stream = client.join().unwrap();
     assert!(stream.is_some());
     daemon.stop();
+}
+
+/// `add-fd` is no command of a storage daemon, so that no set of descriptors can be there.
+#[test]
+fn names_of_descriptor_sets_lead_nowhere() {
+    let scratch = Scratch::new();
+    let daemon = start(&scratch);
+    let mut qmp = Qmp::connect(&scratch.path("qmp.sock"));
+    let chardev = |kind: &str, member: &str, path: &str| {
+        let backend = json!({"type": kind, "data": {member: path}});
+        ("chardev-add", json!({"id": "x", "backend": backend}))
+    };
+    let node = |driver: &str, path: &str| {
+        let node = json!({"driver": driver, "node-name": "x", "filename": path});
+        ("blockdev-add", node)
+    };
+    let unopenable = "Could not open '/dev/fdset/1': Function not implemented";
+    let invalid = "Could not open '/dev/fdset/x': Invalid argument";
+    for ((command, arguments), message) in [
+        (node("file", "/dev/fdset/1"), unopenable),
+        (node("host_device", "/dev/fdset/1"), unopenable),
+        (
+            node("file", "/dev/fdset/x"),
+            "Could not parse fdset /dev/fdset/x",
+        ),
+        (chardev("file", "out", "/dev/fdset/1"), unopenable),
+        (chardev("file", "out", "/dev/fdset/x"), invalid),
+        (chardev("pipe", "device", "/dev/fdset/1"), unopenable),
+        (chardev("serial", "device", "/dev/fdset/1"), unopenable),
+        (chardev("parallel", "device", "/dev/fdset/x"), invalid),
+    ] {
+        let refused = qmp.refuse(command, arguments.clone());
+        assert_eq!(refused, message, "{command} {arguments}");
+    }
+    daemon.quit(&mut qmp);
 }

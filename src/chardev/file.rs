@@ -5,6 +5,7 @@ use std::cell::Cell;
 
 use stord_qmp::Error;
 use stord_qmp::schema::chardev::ChardevFile;
+use stord_sockets::fdset;
 use tokio::fs::OpenOptions;
 use tokio::io::AsyncRead;
 
@@ -58,9 +59,9 @@ pub async fn once(connection: &Cell<Option<Connection>>) -> Connection {
 }
 
 async fn open_file(mode: &OpenOptions, path: &str) -> Result<tokio::fs::File, Error> {
-    mode.open(path)
-        .await
-        .map_err(|error| could_not_open(path, error))
+    let failed = |error| could_not_open(path, error);
+    fdset::refuse(path).map_err(failed)?;
+    mode.open(path).await.map_err(failed)
 }
 
 /// The error of a file that cannot be opened.

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use stord_qmp::Error;
 use stord_qmp::schema::chardev::ChardevCommon;
+use stord_sockets::fdset;
 use tokio::io::AsyncWrite;
 
 use super::Connection;
@@ -31,7 +32,10 @@ impl Log {
             .create(true)
             .append(append)
             .truncate(!append);
-        let opened = mode.open(path).await;
+        let opened = match fdset::refuse(path) {
+            Ok(()) => mode.open(path).await,
+            Err(error) => Err(error),
+        };
         let file = opened.map_err(|error| {
             let reason = reason(&error);
             Error::generic(format!("Could not create '{path}': {reason}")).with_source(error)

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use nix::libc;
 use nix::sys::stat::major;
 use stord_qmp::Error;
+use stord_sockets::fdset;
 
 use super::Backend;
 use super::backend::Connecting;
@@ -28,6 +29,7 @@ impl Parallel {
     /// # Errors
     /// There is no such device, or it is no parallel port.
     pub fn open(path: &str) -> Result<Self, Error> {
+        fdset::refuse(path).map_err(|error| could_not_open(path, error))?;
         let port = OpenOptions::new()
             .read(true)
             .write(true)

@@ -12,7 +12,7 @@ use stord_qmp::Error;
 use super::backend::Connecting;
 use super::file::{could_not_open, once};
 use super::{Backend, Connection};
-use stord_sockets::Descriptor;
+use stord_sockets::{Descriptor, fdset};
 
 /// FIFOs.
 pub struct Pipe(Cell<Option<Connection>>);
@@ -52,6 +52,7 @@ impl Backend for Pipe {
 }
 
 fn open(path: &str) -> std::io::Result<OwnedFd> {
+    fdset::refuse(path)?;
     OpenOptions::new()
         .read(true)
         .write(true)

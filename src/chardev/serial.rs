@@ -15,7 +15,7 @@ use stord_qmp::Error;
 use super::backend::Connecting;
 use super::file::{could_not_open, once};
 use super::{Backend, Connection};
-use stord_sockets::Descriptor;
+use stord_sockets::{Descriptor, fdset};
 
 /// A serial port.
 pub struct Serial {
@@ -30,6 +30,7 @@ impl Serial {
     /// There is no such device.
     pub fn open(path: &str) -> Result<Self, Error> {
         let failed = |error| could_not_open(path, error);
+        fdset::refuse(path).map_err(failed)?;
         let port = OpenOptions::new()
             .read(true)
             .write(true)

@@ -6,6 +6,7 @@
 
 pub mod address;
 mod connect;
+pub mod fdset;
 mod listen;
 mod passed;
 mod readiness;

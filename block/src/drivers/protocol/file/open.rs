@@ -13,6 +13,7 @@ use stord_qmp::Error;
 use stord_qmp::schema::block::{
     BlockdevAioOptions, BlockdevDriver, BlockdevOptionsFile, OnOffAuto,
 };
+use stord_sockets::fdset::Unopenable;
 
 use super::lock::Locks;
 use super::{Access, FileDriver, alignment, own_mounts, supplied};
@@ -66,6 +67,7 @@ fn open_here(
         )));
     }
     check_engine(options, node)?;
+    check_no_fdset(filename)?;
     let dynamic = node.auto_read_only && !node.read_only;
     let writable = !node.read_only && !dynamic;
     let fd = open_path(
@@ -191,6 +193,16 @@ fn batch(wanted: Option<i64>) -> Result<u32, Error> {
     u32::try_from(wanted.unwrap_or(0)).map_err(|_| {
         Error::generic("Parameter 'aio-max-batch' expects a number between 0 and 4294967295")
     })
+}
+
+fn check_no_fdset(filename: &str) -> Result<(), Error> {
+    match Unopenable::of(filename) {
+        None => Ok(()),
+        Some(Unopenable::Malformed) => {
+            Err(Error::generic(format!("Could not parse fdset {filename}")))
+        }
+        Some(why) => Err(cannot_open(filename, Errno::from_raw(why.errno()), false)),
+    }
 }
 
 fn cannot_open(filename: &str, errno: Errno, direct: bool) -> Error {
