@@ -286,7 +286,8 @@ impl Share {
                 let incoming = Incoming::read(&mut entry);
                 touched = self.answer_large(&entry, incoming).await;
             }
-            Some(Then::Commit) => {}
+            // It comes back from where it was used for large requests.
+            Some(Then::Commit) => touched = MAX_PAYLOAD,
         }
         let mut has_request = then.is_none();
         let mut trim = None;
