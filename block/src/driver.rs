@@ -368,6 +368,29 @@ pub trait Format: Send + Sync {
     /// Allocates for a write. Waits for writes in flight to the same clusters.
     fn prepare_write<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a, WritePlan>;
 
+    /// Whether the format can store data compressed.
+    fn can_compress(&self) -> bool {
+        false
+    }
+
+    /// Writes whole clusters compressed; the last may be cut off by the disk's end. What does not get smaller is written as it is.
+    /// `EINVAL` for parts of clusters, `ENOTSUP` where the image cannot hold compressed data.
+    fn write_compressed<'a>(&'a self, offset: u64, src: IoVec) -> IoFuture<'a> {
+        let _ = (offset, src);
+        Box::pin(async { Err(Errno::ENOTSUP) })
+    }
+
+    /// Whether writes are taken whole, by [`write`](Format::write), rather than mapped: a filter that does something with them.
+    fn takes_writes(&self) -> bool {
+        false
+    }
+
+    /// Takes a write, where [`takes_writes`](Format::takes_writes).
+    fn write<'a>(&'a self, offset: u64, src: IoVec) -> IoFuture<'a> {
+        let _ = (offset, src);
+        Box::pin(async { Err(Errno::ENOTSUP) })
+    }
+
     /// Makes the range, aligned to `zero_alignment` or reaching the end, read as zeroes. `ENOTSUP` asks for data to be written.
     fn write_zeroes<'a>(&'a self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'a>;
 

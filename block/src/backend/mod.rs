@@ -271,6 +271,20 @@ impl Backend {
         request.finish(Kind::Write, len, result)
     }
 
+    /// Writes whole clusters compressed; the last may be cut off by the node's end. What does not get smaller is written as it is.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); `ENOTSUP` where the format has no compression or the image cannot hold compressed data, `EINVAL`
+    /// for parts of clusters.
+    pub async fn write_compressed(&self, offset: u64, src: IoVec) -> Result<(), Errno> {
+        self.check_writable()?;
+        let request = self.start().await?;
+        let len = src.len();
+        request.check_range(offset, len)?;
+        let result = io::write_compressed(&request.node, offset, src).await;
+        request.finish(Kind::Write, len, result)
+    }
+
     /// Writes at once if no waiting is needed; `None` where it is: then the whole has to be written again.
     pub fn try_write(&self, offset: u64, src: &IoVec) -> Option<Result<(), Errno>> {
         self.check_writable().ok()?;

@@ -131,6 +131,19 @@ impl Children {
         io::write(&self.held(child)?, offset, src, durable).await
     }
 
+    /// Writes whole clusters compressed.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); `ENOTSUP` where the child cannot.
+    pub async fn write_compressed(
+        &self,
+        child: ChildId,
+        offset: u64,
+        src: IoVec,
+    ) -> Result<(), Errno> {
+        io::write_compressed(&self.held(child)?, offset, src).await
+    }
+
     /// Makes the range read as zeroes.
     ///
     /// # Errors

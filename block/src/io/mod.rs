@@ -24,7 +24,7 @@ pub(crate) use read::{read, try_read};
 pub use status::{Detail, HostPlace, Location};
 pub(crate) use status::{block_status, locate};
 pub(crate) use truncate::{allocated_size, truncate};
-pub(crate) use write::{try_write, write};
+pub(crate) use write::{try_write, write, write_compressed};
 pub(crate) use zero::write_zeroes;
 
 /// The most pieces of one request in flight at a time.

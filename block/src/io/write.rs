@@ -52,6 +52,35 @@ pub(crate) async fn write(
     write_as_is(node, offset, src, durable).await
 }
 
+/// Writes whole clusters of `src` compressed, where the node's format can do that.
+pub(crate) async fn write_compressed(
+    node: &Arc<Node>,
+    offset: u64,
+    src: IoVec,
+) -> Result<(), Errno> {
+    if node.is_read_only() {
+        return Err(Errno::EPERM);
+    }
+    let Driver::Format(format) = node.driver() else {
+        return Err(Errno::ENOTSUP);
+    };
+    let end = offset.checked_add(src.len()).ok_or(Errno::EINVAL)?;
+    if end > node.size() {
+        return Err(Errno::EINVAL);
+    }
+    if src.is_empty() {
+        return Ok(());
+    }
+    let mut path = Path::default();
+    path.pin(node, offset);
+    let len = src.len();
+    let result = format.write_compressed(offset, src).await;
+    node.bitmaps().mark(offset, len);
+    result?;
+    note_write(node, end);
+    Ok(())
+}
+
 /// Writes without a look at what is written.
 pub(super) async fn write_as_is(
     node: &Arc<Node>,
@@ -61,6 +90,15 @@ pub(super) async fn write_as_is(
 ) -> Result<(), Errno> {
     let mut path = Path::default();
     let len = src.len();
+    if let Driver::Format(filter) = node.driver()
+        && filter.takes_writes()
+    {
+        let result = filter.write(offset, src).await;
+        node.bitmaps().mark(offset, len);
+        result?;
+        note_write(node, offset + len);
+        return if durable { flush(node).await } else { Ok(()) };
+    }
     match walk::to_overwrite(node, offset, len, &mut path)? {
         Place::Leaf(leaf, at) => {
             let result = align::write(&leaf, at, src, durable).await;

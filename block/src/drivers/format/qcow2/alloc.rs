@@ -49,6 +49,8 @@ pub(super) struct Space {
     cursor: u64,
     /// From this cluster on nothing has been written to the file.
     fresh_from: u64,
+    /// The first unused byte of a cluster that compressed data has begun to fill.
+    packing: Option<u64>,
     /// The place that the refcount table had before it moved, in clusters, until the header on disk names the new one.
     pub(super) old_table: Option<(u64, u64)>,
 }
@@ -62,6 +64,7 @@ impl Space {
             places,
             cursor: 0,
             fresh_from: used,
+            packing: None,
             old_table: None,
         }
     }
@@ -112,6 +115,57 @@ impl Space {
         self.take(start, count)
     }
 
+    /// Allocates `len` bytes, less than a cluster, for compressed data: behind the last such data if there is room. Every cluster that
+    /// they touch has one reference more then. Gives the offset in bytes of the file.
+    pub(super) fn allocate_bytes(&mut self, len: u64) -> Result<u64, AllocError> {
+        if let Some(offset) = self.packing
+            && self.append_bytes(offset, len)?
+        {
+            return Ok(offset);
+        }
+        let run = self.allocate(1)?;
+        let offset = run.cluster << self.geometry.cluster_bits;
+        self.packing = Some(offset + len);
+        Ok(offset)
+    }
+
+    /// Takes the bytes from `offset` on, where compressed data has ended; false if that cannot be.
+    fn append_bytes(&mut self, offset: u64, len: u64) -> Result<bool, AllocError> {
+        let cluster = offset >> self.geometry.cluster_bits;
+        let count = self.refcounts.get(cluster)?;
+        if count == 0 || count >= self.geometry.max_refcount() {
+            return Ok(false);
+        }
+        let end = offset + len;
+        if (end - 1) >> self.geometry.cluster_bits != cluster {
+            let next = cluster + 1;
+            let is_free = self.refcounts.get(next)? == 0
+                && self.refcounts.has_block(next)?
+                && self.places.hit(next, &self.geometry).is_none();
+            if !is_free {
+                return Ok(false);
+            }
+            self.take(next, 1)?;
+        }
+        // Loading may have pushed this count out; the next one stays taken then, and is given back.
+        if let Err(missing) = self.refcounts.set(cluster, count + 1) {
+            if (end - 1) >> self.geometry.cluster_bits != cluster {
+                self.refcounts.set(cluster + 1, 0)?;
+            }
+            return Err(missing.into());
+        }
+        self.packing = (self.geometry.in_cluster(end) != 0).then_some(end);
+        Ok(true)
+    }
+
+    /// Sees to it that no more compressed data is put into this cluster.
+    pub(super) fn end_packing(&mut self, cluster: u64) {
+        let bits = self.geometry.cluster_bits;
+        if self.packing.is_some_and(|offset| offset >> bits == cluster) {
+            self.packing = None;
+        }
+    }
+
     /// Lowers a cluster's refcount by one; gives the new one. `None` if it is zero already.
     pub(super) fn release(&mut self, cluster: u64) -> Result<Option<u64>, Missing> {
         let count = self.refcounts.get(cluster)?;
@@ -120,6 +174,7 @@ impl Space {
         };
         self.refcounts.set(cluster, left)?;
         if left == 0 {
+            self.end_packing(cluster);
             self.cursor = self.cursor.min(cluster);
         }
         Ok(Some(left))

@@ -278,6 +278,14 @@ pub(super) struct CompressedRun {
 }
 
 impl CompressedRun {
+    /// The L2 entry of data of `len` bytes, less than a cluster, at `offset`; `None` if there is no room for such an offset.
+    pub(super) fn encode(offset: u64, len: u64, cluster_bits: u32) -> Option<u64> {
+        let split = 62 - (cluster_bits - 8);
+        let more_sectors = ((offset + len - 1) >> 9) - (offset >> 9);
+        (offset + len <= 1 << split.min(MAX_HOST_OFFSET.trailing_zeros()))
+            .then_some(COMPRESSED | more_sectors << split | offset)
+    }
+
     /// Decodes the descriptor in an L2 entry.
     pub(super) fn decode(entry: u64, cluster_bits: u32) -> Self {
         let split = 62 - (cluster_bits - 8);

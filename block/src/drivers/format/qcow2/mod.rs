@@ -6,7 +6,7 @@
 //! - a cluster that is given up is used again only when no entry on disk refers to it and no request of that time is left.
 //!
 //! Where to look: `layout` and `header` are the format; `map` answers lookups from `l1` and `cache` without a lock, `load` fills the
-//! cache; `compressed`, `snapshot`, `info` and `corrupt` do what they say.
+//! cache; `compress`, `compressed`, `snapshot`, `info` and `corrupt` do what they say.
 
 mod alloc;
 mod arm;
@@ -15,6 +15,7 @@ mod bitmaps;
 mod cache;
 pub mod check;
 mod clean;
+mod compress;
 mod compressed;
 mod corrupt;
 pub(crate) mod create;
@@ -226,6 +227,14 @@ impl Format for Qcow2 {
 
     fn prepare_write<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a, WritePlan> {
         Box::pin(self.0.prepare_write(offset, len))
+    }
+
+    fn can_compress(&self) -> bool {
+        true
+    }
+
+    fn write_compressed<'a>(&'a self, offset: u64, src: IoVec) -> IoFuture<'a> {
+        Box::pin(self.0.write_compressed(offset, src))
     }
 
     fn write_zeroes<'a>(&'a self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'a> {

@@ -349,7 +349,11 @@ impl Image {
         let end = free.cluster + free.count;
         while at < end {
             let count = match &mut self.meta().space {
-                Some(space) => space.refcounts.get(at),
+                Some(space) => {
+                    // Nothing may come to lie there between the look at the count and the discard.
+                    space.end_packing(at);
+                    space.refcounts.get(at)
+                }
                 None => return Ok(()),
             };
             match count {

@@ -11,6 +11,8 @@ mod bitmaps;
 #[cfg(test)]
 mod cleaning;
 #[cfg(test)]
+mod compress;
+#[cfg(test)]
 mod crash;
 #[cfg(test)]
 mod damage;

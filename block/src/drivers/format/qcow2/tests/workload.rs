@@ -14,7 +14,7 @@ use stord_qmp::schema::create::PreallocMode;
 
 use super::harness::Image;
 use super::history::{History, SECTOR, hashes, zero_hash};
-use crate::driver::ZeroFlags;
+use crate::driver::{Driver, ZeroFlags};
 use crate::io;
 use crate::testing::Random;
 
@@ -31,6 +31,7 @@ pub(super) struct Operation {
 pub(super) const OPERATIONS: &[Operation] = &[
     operation(9, |guest, random| Box::pin(guest.write(random, false))),
     operation(1, |guest, random| Box::pin(guest.write(random, true))),
+    operation(3, |guest, random| Box::pin(guest.write_compressed(random))),
     operation(2, |guest, random| {
         Box::pin(guest.zero(random, ZeroFlags::empty()))
     }),
@@ -177,6 +178,51 @@ impl Guest {
         io::write(&self.image.0, part.offset(), src, durable).await?;
         self.history.borrow_mut().end(change, durable);
         Ok(())
+    }
+
+    /// Whole clusters, the last as far as the disk has it; no image but one with a data file refuses them.
+    async fn write_compressed(&self, random: &mut Random) -> Result<(), Errno> {
+        let part = self.part(random);
+        let Driver::Format(format) = self.image.0.driver() else {
+            return Err(Errno::EINVAL);
+        };
+        let cluster = format.info().cluster_size.ok_or(Errno::EINVAL)?;
+        let start = part.offset() / cluster * cluster;
+        let end = (part.offset() + part.bytes()).next_multiple_of(cluster);
+        let _held = self.ranges.lock(start..end).await;
+        let end = end.min(self.image.0.size());
+        if start >= end {
+            return Ok(());
+        }
+        let mut data = vec![0; usize::try_from(end - start).expect("small")];
+        // From what gets much smaller to what does not.
+        let noise = 32 * usize::try_from(random.below(17)).expect("small");
+        for sector in data.chunks_mut(SECTOR) {
+            let word = random.next().to_le_bytes();
+            for (at, place) in sector.chunks_mut(8).enumerate() {
+                let is_noise = at * 8 < noise;
+                let fresh = if is_noise { random.next().to_le_bytes() } else { word };
+                place.copy_from_slice(&fresh);
+            }
+        }
+        let first = usize::try_from(start).expect("small") / SECTOR;
+        let change = self.history.borrow_mut().begin(first, &hashes(&data));
+        let src = IoBuffer::copy_of(&data).into();
+        match io::write_compressed(&self.image.0, start, src).await {
+            // Nothing has been done.
+            Err(Errno::ENOTSUP) => {
+                let content = self.image.read(start, data.len()).await?;
+                let mut history = self.history.borrow_mut();
+                history.or(change, &hashes(&content));
+                history.end(change, false);
+                Ok(())
+            }
+            Err(errno) => Err(errno),
+            Ok(()) => {
+                self.history.borrow_mut().end(change, false);
+                Ok(())
+            }
+        }
     }
 
     async fn zero(&self, random: &mut Random, flags: ZeroFlags) -> Result<(), Errno> {
