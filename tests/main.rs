@@ -7,6 +7,7 @@ mod bad_images;
 mod bad_input;
 mod bitmaps;
 mod client;
+mod compress;
 mod content;
 mod conversation;
 mod crash;

@@ -2,5 +2,6 @@
 
 pub mod description;
 pub mod filename;
+pub mod filter;
 pub mod format;
 pub mod protocol;

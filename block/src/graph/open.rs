@@ -19,6 +19,7 @@ use super::{
     storage_claim,
 };
 use crate::driver::{BACKING, ChildId, DATA_FILE, Driver, FILE, ImageLinks, Protocol};
+use crate::drivers::filter::compress::Compress;
 use crate::drivers::format::{qcow2, raw};
 use crate::drivers::{description, filename, protocol};
 
@@ -191,7 +192,7 @@ impl Graph {
                     let driver = Driver::Protocol(Box::new(driver));
                     Ok(self.add_leaf(name, driver, node_options, read_only, &options))
                 }
-                BlockdevDriver::Raw(_) | BlockdevDriver::Qcow2(_) => {
+                BlockdevDriver::Compress(_) | BlockdevDriver::Raw(_) | BlockdevDriver::Qcow2(_) => {
                     self.open_format(name, options, node_options, chain).await
                 }
             }
@@ -259,6 +260,7 @@ impl Graph {
         chain: &Chain<'_>,
     ) -> Result<Arc<Node>, Error> {
         let file_ref = match &options.driver {
+            BlockdevDriver::Compress(compress) => &compress.file,
             BlockdevDriver::Raw(raw) => &raw.file,
             BlockdevDriver::Qcow2(qcow2) => &qcow2.file,
             other => {
@@ -288,10 +290,16 @@ impl Graph {
         }
         let active = node_options.active.unwrap_or(true);
         let writable = !node_options.read_only && active;
-        let is_raw = matches!(options.driver, BlockdevDriver::Raw(_));
-        opening.put(FILE, file, writable, is_raw).await?;
+        let passes_through = matches!(
+            options.driver,
+            BlockdevDriver::Compress(_) | BlockdevDriver::Raw(_)
+        );
+        opening.put(FILE, file, writable, passes_through).await?;
 
         let driver: Driver = match &options.driver {
+            BlockdevDriver::Compress(_) => {
+                Driver::Format(Box::new(Compress::open(opening.children.clone())?))
+            }
             BlockdevDriver::Raw(raw) => {
                 Driver::Format(Box::new(raw::Raw::open(opening.children.clone(), raw)?))
             }

@@ -15,6 +15,7 @@ use super::claims::{Plan, top_down};
 use super::open::{Opening, Place, driver_options, inherit, node_options};
 use super::{Children, Claim, Graph, Node, Permissions};
 use crate::driver::{BACKING, ChildId, DATA_FILE, Driver, FILE};
+use crate::drivers::filter::compress::Compress;
 use crate::drivers::format::{qcow2, raw};
 
 /// A node and what it is to become.
@@ -191,6 +192,7 @@ impl Graph {
             Ok(())
         };
         match &options.driver {
+            BlockdevDriver::Compress(compress) => place(FILE, Some(&compress.file))?,
             BlockdevDriver::Raw(raw) => place(FILE, Some(&raw.file))?,
             BlockdevDriver::Qcow2(qcow2) => {
                 place(FILE, Some(&qcow2.file))?;
@@ -362,18 +364,22 @@ impl Graph {
             options.read_only = true;
         }
         let writable = !options.read_only && target.active;
-        let is_raw = matches!(target.options.driver, BlockdevDriver::Raw(_));
+        let passes_through = matches!(
+            target.options.driver,
+            BlockdevDriver::Compress(_) | BlockdevDriver::Raw(_)
+        );
         for (id, child) in (0u8..).map(ChildId).zip(&target.children) {
             if let Some(child) = child {
                 // It may have been replaced just now.
                 let child = self.lookup(child.name()).unwrap_or(Arc::clone(child));
                 opening
-                    .put(id, child, writable && id != BACKING, is_raw)
+                    .put(id, child, writable && id != BACKING, passes_through)
                     .await?;
             }
         }
         let children = opening.children.clone();
         let driver: Driver = match &target.options.driver {
+            BlockdevDriver::Compress(_) => Driver::Format(Box::new(Compress::open(children)?)),
             BlockdevDriver::Raw(raw) => Driver::Format(Box::new(raw::Raw::open(children, raw)?)),
             BlockdevDriver::Qcow2(qcow2) => {
                 let (own, common) = (qcow2.clone(), driver_options(&options, target.active));

@@ -55,7 +55,8 @@ pub fn start(
 ) -> Result<(), Error> {
     match options.driver {
         BlockdevCreateDriver::File(_) | BlockdevCreateDriver::Qcow2(_) => {}
-        BlockdevCreateDriver::HostDevice
+        BlockdevCreateDriver::Compress
+        | BlockdevCreateDriver::HostDevice
         | BlockdevCreateDriver::NullAio
         | BlockdevCreateDriver::NullCo
         | BlockdevCreateDriver::Raw => {
@@ -82,7 +83,8 @@ pub fn check(options: &BlockdevCreateOptions) -> Result<(), Error> {
     match &options.driver {
         BlockdevCreateDriver::File(file) => file::create::check(file),
         BlockdevCreateDriver::Qcow2(qcow2) => qcow2::create::check(qcow2),
-        BlockdevCreateDriver::HostDevice
+        BlockdevCreateDriver::Compress
+        | BlockdevCreateDriver::HostDevice
         | BlockdevCreateDriver::NullAio
         | BlockdevCreateDriver::NullCo
         | BlockdevCreateDriver::Raw => {
@@ -123,7 +125,8 @@ pub async fn make_named(
         BlockdevCreateDriver::Qcow2(qcow2) => {
             make_qcow2(graph, qcow2, data_file_name, control).await
         }
-        BlockdevCreateDriver::HostDevice
+        BlockdevCreateDriver::Compress
+        | BlockdevCreateDriver::HostDevice
         | BlockdevCreateDriver::NullAio
         | BlockdevCreateDriver::NullCo
         | BlockdevCreateDriver::Raw => {

@@ -57,6 +57,8 @@ impl BlockdevOptions {
 #[derive(Clone, Debug, PartialEq, Qapi)]
 #[qapi(union)]
 pub enum BlockdevDriver {
+    /// Has the format below store compressed what is written.
+    Compress(BlockdevOptionsGenericFormat),
     /// A regular file.
     File(BlockdevOptionsFile),
     /// A block device of the host.
@@ -206,6 +208,13 @@ pub struct BlockdevOptionsNull {
     pub latency_ns: Option<u64>,
     /// Whether reads fill the buffer with zeroes; default off, leaving it as it was.
     pub read_zeroes: Option<bool>,
+}
+
+/// Options of drivers over one other node.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct BlockdevOptionsGenericFormat {
+    /// The node below.
+    pub file: BlockdevRef,
 }
 
 /// Options of `raw`.

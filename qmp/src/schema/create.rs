@@ -25,6 +25,8 @@ pub struct BlockdevCreateOptions {
 #[derive(Clone, Debug, PartialEq, Qapi)]
 #[qapi(union)]
 pub enum BlockdevCreateDriver {
+    /// Stores nothing itself.
+    Compress,
     /// A file.
     File(BlockdevCreateOptionsFile),
     /// Devices are there or not.
@@ -80,6 +82,8 @@ pub enum BlockdevQcow2Version {
 /// The drivers that may be named as the format of a backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
 pub enum BackingDriver {
+    /// Stores nothing itself.
+    Compress,
     /// A file as it is.
     File,
     /// A device as it is.

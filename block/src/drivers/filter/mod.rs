@@ -1,0 +1,3 @@
+//! Filters: nodes that do something with requests on their way.
+
+pub(crate) mod compress;
