@@ -201,7 +201,11 @@ impl Guest {
             let word = random.next().to_le_bytes();
             for (at, place) in sector.chunks_mut(8).enumerate() {
                 let is_noise = at * 8 < noise;
-                let fresh = if is_noise { random.next().to_le_bytes() } else { word };
+                let fresh = if is_noise {
+                    random.next().to_le_bytes()
+                } else {
+                    word
+                };
                 place.copy_from_slice(&fresh);
             }
         }
