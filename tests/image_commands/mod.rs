@@ -1,6 +1,8 @@
 //! `stord create`, `info`, `check`, `resize` and `map`, beside qemu-img.
 
+mod check;
 mod create;
+mod info;
 mod map;
 mod resize;
 
