@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use crate::client::{self, QmpArgs};
 use crate::daemonize::{self, Half};
 use crate::image::check::{self, CheckArgs};
+use crate::image::convert::{self, ConvertArgs};
 use crate::image::create::{self, CreateArgs};
 use crate::image::info::{self, InfoArgs};
 use crate::image::map::{self, MapArgs};
@@ -40,6 +41,7 @@ enum Command {
     #[command(hide = true)]
     Keep(KeepArgs),
     Create(CreateArgs),
+    Convert(ConvertArgs),
     Info(InfoArgs),
     Check(CheckArgs),
     Map(MapArgs),
@@ -76,6 +78,7 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
         Command::Upgrade(args) => upgrade::run(argv0, &args),
         Command::Keep(args) => keeper::run(&args),
         Command::Create(args) => create::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Map(args) => map::run(&args),

@@ -27,48 +27,78 @@ use crate::report::reason;
 #[derive(Clone, Debug, Args)]
 pub struct CreateArgs {
     /// The file to make
-    file: PathBuf,
+    pub(super) file: PathBuf,
     /// The size that the guest sees: 20G [default: that of the backing file]
-    size: Option<String>,
+    pub(super) size: Option<String>,
     /// The format
     #[arg(short, long, value_name = "FORMAT")]
-    format: Option<Format>,
+    pub(super) format: Option<Format>,
     /// The image behind this one: what is not written here is read from there
     #[arg(short, long, value_name = "FILE")]
-    backing: Option<String>,
+    pub(super) backing: Option<String>,
     /// The format of the backing file [default: guessed now, and noted in the image]
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
-    backing_format: Option<Format>,
+    pub(super) backing_format: Option<Format>,
     /// An option of the format: cluster-size=4k, preallocation=metadata, lazy-refcounts=on,
     /// refcount-bits=8, compression-type=zstd, extended-l2=on, version=v2, data-file=FILE
     #[arg(short, long, value_name = "KEY=VALUE")]
-    option: Vec<String>,
+    pub(super) option: Vec<String>,
     /// Write over a file that exists
     #[arg(long)]
-    force: bool,
+    pub(super) force: bool,
+}
+
+impl CreateArgs {
+    pub(super) fn format(&self) -> Format {
+        self.format.unwrap_or_else(|| {
+            let ending = self.file.extension().and_then(|ending| ending.to_str());
+            match ending {
+                Some("raw" | "img") => Format::Raw,
+                _ => Format::Qcow2,
+            }
+        })
+    }
 }
 
 /// Makes it, and returns the exit status.
 pub fn run(args: &CreateArgs) -> ExitCode {
     super::run(async |_, graph| {
         let shown = args.file.display();
-        let format = args.format.unwrap_or_else(|| {
-            let ending = args.file.extension().and_then(|ending| ending.to_str());
-            match ending {
-                Some("raw" | "img") => Format::Raw,
-                _ => Format::Qcow2,
-            }
-        });
+        let format = args.format();
         let place = Place::look_at(&args.file, args.force)?;
-        let bytes = make(&graph, args, format, place).await;
+        let bytes = make(&graph, args, format, place)
+            .await
+            .and_then(|made| made.put_in_place());
         let bytes = bytes.map_err(|error| error.context(format!("cannot make '{shown}'")))?;
         println!("Made '{shown}' ({}, {}).", format.name(), size_text(bytes));
         Ok(ExitCode::SUCCESS)
     })
 }
 
+/// An image that is complete but for its name.
+pub(super) struct Made {
+    /// What the guest sees, in bytes.
+    pub(super) bytes: u64,
+    /// The options to open its file with.
+    pub(super) file: Value,
+    /// What is to get its name, the image itself last, and whether a file that is there is replaced.
+    unnamed: Vec<(Replacement, bool)>,
+    /// Keeps others away from what is replaced.
+    _claims: Vec<Backend>,
+}
+
+impl Made {
+    /// Gives the files their names; gives the size.
+    pub(super) fn put_in_place(self) -> Result<u64, Error> {
+        for (new, replaces) in self.unnamed {
+            new.put_in_place(replaces)?;
+        }
+        Ok(self.bytes)
+    }
+}
+
 /// Where a file is to be made.
-enum Place {
+pub(super) enum Place {
     /// On a block device, which loses what it holds.
     Device(PathBuf),
     /// In a directory.
@@ -80,7 +110,7 @@ enum Place {
 }
 
 impl Place {
-    fn look_at(path: &Path, force: bool) -> Result<Self, Error> {
+    pub(super) fn look_at(path: &Path, force: bool) -> Result<Self, Error> {
         let shown = path.display();
         let found = match fs::metadata(path) {
             Ok(found) => found,
@@ -147,7 +177,7 @@ impl Place {
         graph.attach(node_name, "create", claim).await.map(Some)
     }
 
-    fn is_file(&self, other: (u64, u64)) -> bool {
+    pub(super) fn is_file(&self, other: (u64, u64)) -> bool {
         matches!(self, Self::File { replaces: Some(own), .. } if *own == other)
     }
 
@@ -167,12 +197,12 @@ impl Place {
     }
 }
 
-async fn make(
+pub(super) async fn make(
     graph: &Graph,
     args: &CreateArgs,
     format: Format,
     place: Place,
-) -> Result<u64, Error> {
+) -> Result<Made, Error> {
     let options = options(&args.option)?;
     let backing = backing(graph, args).await?;
     let bytes = match (&args.size, &backing) {
@@ -192,10 +222,9 @@ async fn make(
         return Err(Error::generic("the image would lie behind itself"));
     }
     match format {
-        Format::Raw => make_raw(graph, bytes, options, backing.is_some(), place).await?,
-        Format::Qcow2 => make_qcow2(graph, args, bytes, options, backing, place).await?,
+        Format::Raw => make_raw(graph, bytes, options, backing.is_some(), place).await,
+        Format::Qcow2 => make_qcow2(graph, args, bytes, options, backing, place).await,
     }
-    Ok(bytes)
 }
 
 async fn make_raw(
@@ -204,25 +233,30 @@ async fn make_raw(
     mut options: Map<String, Value>,
     has_backing: bool,
     place: Place,
-) -> Result<(), Error> {
+) -> Result<Made, Error> {
     if has_backing {
         return Err(Error::generic("a raw image cannot have a backing file"));
     }
-    let Place::File { path, replaces } = &place else {
+    let Place::File { path, .. } = &place else {
         return Err(Error::generic("a block device is a raw image already"));
     };
     options.insert("driver".to_owned(), "file".into());
     options.insert("filename".to_owned(), text_of(path)?.into());
     options.insert("size".to_owned(), bytes.into());
     create::check(&from_json(Value::Object(options.clone()))?)?;
-    let _claim = place.claim(graph, "old").await?;
-    let new = Replacement::new(path)?;
-    options.insert("filename".to_owned(), text_of(&new.name())?.into());
+    let claim = place.claim(graph, "old").await?;
+    let (file, new) = place.begin()?;
+    options.insert("filename".to_owned(), file["filename"].clone());
     let options = from_json(Value::Object(options))?;
     create::make(graph, options, &JobControl::default())
         .await
         .map_err(|failure| failure.error)?;
-    new.put_in_place(replaces.is_some())
+    Ok(Made {
+        bytes,
+        file,
+        unnamed: new.into_iter().collect(),
+        _claims: claim.into_iter().collect(),
+    })
 }
 
 async fn make_qcow2(
@@ -232,7 +266,7 @@ async fn make_qcow2(
     mut options: Map<String, Value>,
     backing: Option<Backing>,
     place: Place,
-) -> Result<(), Error> {
+) -> Result<Made, Error> {
     let data_file = match options.get("data-file").cloned() {
         Some(Value::String(name)) => {
             // Not every program looks for a relative name where the image lies.
@@ -259,20 +293,20 @@ async fn make_qcow2(
     // What is wrong with the options shows before anything is made.
     options.insert("file".to_owned(), "not yet there".into());
     create::check(&from_json(Value::Object(options.clone()))?)?;
-    let _claim = place.claim(graph, "old").await?;
+    let mut claims = Vec::new();
+    claims.extend(place.claim(graph, "old").await?);
     let (file, new) = place.begin()?;
-    options.insert("file".to_owned(), file);
-    let mut finished = Vec::new();
+    options.insert("file".to_owned(), file.clone());
+    let mut unnamed = Vec::new();
     let mut data_file_name = None;
-    let mut _data_claim = None;
     if let Some((name, place)) = &data_file {
-        _data_claim = place.claim(graph, "old-data").await?;
+        claims.extend(place.claim(graph, "old-data").await?);
         let (file, new) = place.begin()?;
         options.insert("data-file".to_owned(), file);
         data_file_name = Some(name.clone());
-        finished.extend(new);
+        unnamed.extend(new);
     }
-    finished.extend(new);
+    unnamed.extend(new);
     let on_device = matches!(place, Place::Device(_));
     let options = from_json(Value::Object(options))?;
     create::make_named(graph, options, data_file_name, &JobControl::default())
@@ -284,10 +318,12 @@ async fn make_qcow2(
                 failure.error
             }
         })?;
-    for (new, replaces) in finished {
-        new.put_in_place(replaces)?;
-    }
-    Ok(())
+    Ok(Made {
+        bytes,
+        file,
+        unnamed,
+        _claims: claims,
+    })
 }
 
 fn is_same(one: &Path, other: &Path) -> bool {

@@ -1,7 +1,8 @@
-//! Commands about images for people: `stord create`, `info`, `check`, `map`, `resize`, `snapshot`. No daemon runs; an image that is in use is refused by
-//! its locks.
+//! Commands about images for people: `stord create`, `convert`, `info`, `check`, `map`, `resize`, `snapshot`. No daemon runs; an image that is in use
+//! is refused by its locks.
 
 pub mod check;
+pub mod convert;
 pub mod create;
 pub mod info;
 pub mod map;

@@ -1,6 +1,7 @@
-//! `stord create`, `info`, `check`, `resize` and `map`, beside qemu-img.
+//! `stord create`, `convert`, `info`, `check`, `resize` and `map`, beside qemu-img.
 
 mod check;
+mod convert;
 mod create;
 mod info;
 mod map;
