@@ -118,7 +118,8 @@ fn mixed_with_all_other_changes() {
             let image = Setup::new(&disk).open().await.unwrap();
             let mut random = Random::new(seed);
             let mut model = vec![0; usize::try_from(size).unwrap()];
-            for _ in 0..50 {
+            let steps = if cluster > 65536 { 12 } else { 40 };
+            for _ in 0..steps {
                 step(&image, &mut random, &mut model, cluster).await;
             }
             assert_same(&image.read_all().await.unwrap(), &model, options);
@@ -126,7 +127,7 @@ fn mixed_with_all_other_changes() {
             let compressed = judged(&disk.bytes(), &model, options);
             // The same once more on what is there.
             let image = Setup::new(&disk).open().await.unwrap();
-            for _ in 0..25 {
+            for _ in 0..steps / 2 {
                 step(&image, &mut random, &mut model, cluster).await;
             }
             assert_same(&image.read_all().await.unwrap(), &model, options);
