@@ -115,7 +115,7 @@ fn what_cannot_be_copied_leaves_the_old_file_as_it_was() {
     let image = chain(&scratch);
     let old = scratch.file("old.qcow2", b"precious");
     let before = fs::read(&image).unwrap();
-    let base = scratch.path("base.qcow2");
+    let (base, none) = (scratch.path("base.qcow2"), scratch.path("none"));
     let cases: [(&[&str], &str); 7] = [
         (&[text(&image), text(&old)], "exists already"),
         (&["--force", text(&image), text(&image)], "over itself"),
@@ -132,10 +132,7 @@ fn what_cannot_be_copied_leaves_the_old_file_as_it_was() {
             &["--force", "-o", "cluster-size=3k", text(&image), text(&old)],
             "Cluster size must be",
         ),
-        (
-            &["--force", text(&scratch.path("none")), text(&old)],
-            "No such file",
-        ),
+        (&["--force", text(&none), text(&old)], "No such file"),
     ];
     for (args, message) in cases {
         let mut all = vec!["convert"];
