@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use stord_qmp::schema::node_info::{BlockDeviceInfo, ImageInfo};
 use stord_qmp::{Error, to_json};
 
-use super::{IMAGE, Mode, Subject};
+use super::{IMAGE, Mode, Subject, text_of};
 use crate::mount::guess::Format;
 use crate::mount::size_text;
 
@@ -47,8 +47,13 @@ pub fn run(args: &InfoArgs) -> ExitCode {
             .iter()
             .find(|node| node.node_name.as_deref() == Some(IMAGE))
             .ok_or_else(|| Error::generic("the image has gone"))?;
+        // Opened without what lies behind it, it has another name for itself.
+        let named = ImageInfo {
+            filename: text_of(&args.file)?.to_owned(),
+            ..top.image.clone()
+        };
         let mut chain = Vec::new();
-        let mut next = Some(&top.image);
+        let mut next = Some(&named);
         while let Some(image) = next {
             chain.push(image);
             next = image.backing_image.as_deref();

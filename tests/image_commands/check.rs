@@ -59,7 +59,8 @@ fn counts_and_exit_status_are_those_of_qemu_img() {
     assert_eq!((&found["leaks"], status), (&3.into(), 3));
     let (found, status) = agreed(&damaged(&scratch, &[(8, 0), (9, 0), (30, 1)]));
     assert_eq!((&found["leaks"], status), (&1.into(), 2));
-    assert_eq!(found["corruptions"], 2);
+    // For each the refcount itself, and the flag that says it is one.
+    assert_eq!(found["corruptions"], 4);
     for options in ["compat=0.10", "extended_l2=on", "cluster_size=512"] {
         let image = scratch.path("b.qcow2");
         qemu::create(&image, 1 << 20, options);
@@ -84,10 +85,9 @@ fn repairs_are_as_thorough() {
     qemu::assert_clean(&image);
 
     let image = damaged(&scratch, &[(8, 0), (30, 1)]);
-    assert_eq!(
-        stord(&["check", "--repair", "leaks", text(&image)]).code,
-        Some(2)
-    );
+    // Its refcounts have to be made anew, and that is more than to repair leaks.
+    let repaired = stord(&["check", "--repair", "leaks", text(&image)]);
+    assert_eq!(repaired.code, Some(1), "{repaired:?}");
     let told = parsed(&stord_ok(&[
         "check",
         "--repair=all",
