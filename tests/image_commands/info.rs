@@ -39,7 +39,7 @@ fn every_kind_of_image_is_described_as_by_qemu_img() {
         "preallocation=full",
     ] {
         qemu::create(&image, 3 << 20, options);
-        qemu::io(&image, "qcow2", &["write -c 0 2M".to_owned()]);
+        qemu::io(&image, "qcow2", &["write 0 2M".to_owned()]);
         assert_same_info(&image, false);
     }
     qemu::create(&image, 3 << 20, "");
