@@ -48,10 +48,6 @@ fn every_kind_of_image_is_described_as_by_qemu_img() {
     let bitmap = ["bitmap", "--add", "-g", "32k", text(&image), "bits"];
     qemu::img(&bitmap);
     assert_same_info(&image, false);
-    let data = scratch.path("a.data");
-    let options = format!("data_file={},data_file_raw=on", text(&data));
-    qemu::create(&image, 3 << 20, &options);
-    assert_same_info(&image, false);
     assert_same_info(&scratch.file("a.raw", &[9; 70_000]), false);
 }
 
