@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use super::{parsed, refused, stord_ok, text};
 use crate::locking::Holder;
 use crate::needs;
@@ -17,12 +19,23 @@ fn assert_same_info(image: &Path, chain: bool) {
         ours.push("--backing-chain");
         theirs.push("--backing-chain");
     }
-    assert_eq!(
-        parsed(&stord_ok(&ours)),
-        parsed(&qemu::img(&theirs)),
-        "{}",
-        image.display()
-    );
+    let (mut ours, mut theirs) = (parsed(&stord_ok(&ours)), parsed(&qemu::img(&theirs)));
+    take_space(&mut ours);
+    take_space(&mut theirs);
+    assert_eq!(ours, theirs, "{}", image.display());
+}
+
+/// Takes out the space that files take up: the file system may not have decided about it before it writes them.
+fn take_space(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            let space = members.remove("actual-size");
+            assert!(space.is_none_or(|space| space.is_u64()));
+            members.values_mut().for_each(take_space);
+        }
+        Value::Array(list) => list.iter_mut().for_each(take_space),
+        _ => {}
+    }
 }
 
 #[test]
@@ -47,6 +60,10 @@ fn every_kind_of_image_is_described_as_by_qemu_img() {
     qemu::img(&["snapshot", "-c", "two", text(&image)]);
     let bitmap = ["bitmap", "--add", "-g", "32k", text(&image), "bits"];
     qemu::img(&bitmap);
+    assert_same_info(&image, false);
+    let data = scratch.path("a.data");
+    let options = format!("data_file={},data_file_raw=on", text(&data));
+    qemu::create(&image, 3 << 20, &options);
     assert_same_info(&image, false);
     assert_same_info(&scratch.file("a.raw", &[9; 70_000]), false);
 }
