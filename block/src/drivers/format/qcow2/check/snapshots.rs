@@ -143,11 +143,23 @@ impl SnapshotTable {
         let mut table = Vec::new();
         for entry in &self.list {
             table.resize(table.len().next_multiple_of(8), 0);
-            let bytes = file
-                .read(entry.offset, entry.len)
-                .await
-                .map_err(|errno| CheckError::read("a snapshot", entry.offset, errno))?;
-            append_mended(&mut table, &bytes, entry.extra_len, header.raw.size.get());
+            // Of extra data that claims to be gigabytes, no more than is kept.
+            let kept = entry.extra_len.min(MAX_SNAPSHOT_EXTRA);
+            let fixed = size_of::<RawSnapshot>() as u64;
+            let strings = entry.offset + fixed + u64::from(entry.extra_len);
+            let parts = [
+                (entry.offset, fixed + u64::from(kept)),
+                (strings, entry.offset + entry.len - strings),
+            ];
+            let mut bytes = Vec::new();
+            for (offset, len) in parts {
+                let part = file
+                    .read(offset, len)
+                    .await
+                    .map_err(|errno| CheckError::read("a snapshot", offset, errno))?;
+                bytes.extend(part);
+            }
+            append_mended(&mut table, &bytes, kept, header.raw.size.get());
         }
         Ok(table)
     }
