@@ -187,6 +187,11 @@ fn discard_in_flight_does_not_hit_who_got_its_cluster() {
                     }
                 });
                 disk.wait_held(1).await;
+                // Something that a flush has to bring to disk.
+                image
+                    .write(10 * CLUSTER, &[0xcc; 512])
+                    .await
+                    .expect("writes");
                 image.flush().await.expect("flushes");
                 image
                     .write(SIZE as u64 / 2, &[0xbb; 4 * CLUSTER_BYTES])
@@ -478,30 +483,30 @@ fn old_refcount_table_stays_until_the_header_names_the_new_one() {
         sim::run(seed, || async move {
             let image = opened(&disk).await;
             disk.hold(|kind, offset, _| kind == Fault::Write && offset == 0);
-            let filler = image.clone();
-            let filled = start(async move {
-                // More than a table of one cluster can count.
-                for part in 0..9 {
-                    let fill = vec![0xaa; 256 << 10];
-                    filler
-                        .write(part * (256 << 10), &fill)
-                        .await
-                        .expect("writes");
-                }
-                filler.flush().await.expect("flushes");
-            });
+            // More than a table of one cluster can count.
+            let fillers: Vec<_> = (0..9)
+                .map(|part| {
+                    let filler = image.clone();
+                    start(async move {
+                        let fill = vec![0xaa; 256 << 10];
+                        filler
+                            .write(part * (256 << 10), &fill)
+                            .await
+                            .expect("writes");
+                        filler.flush().await.expect("flushes");
+                    })
+                })
+                .collect();
             disk.wait_held(1).await;
-            let writer = image.clone();
-            let written = start(async move {
-                let fill = vec![0xbb; 4096];
-                writer.write(3 << 20, &fill).await.expect("writes");
-            });
-            a_while().await;
+            for _ in 0..20 {
+                a_while().await;
+            }
             // All has arrived but the header.
             assert_consistent(&disk.bytes(), "without the header", true);
             disk.release();
-            until(&filled).await;
-            until(&written).await;
+            for filled in &fillers {
+                until(filled).await;
+            }
             closed(image, &disk, "with the header").await;
         });
     }
