@@ -80,7 +80,7 @@ fn change(value: &mut Value, random: &mut Random) {
             change(&mut elements[at], random);
         }
         Value::String(text) if random.below(2) == 0 => {
-            text.push(['x', '\u{0}', ',', 'é'][random.below(4)])
+            text.push(['x', '\u{0}', ',', 'é'][random.below(4)]);
         }
         _ => *value = anything(random),
     }
