@@ -258,6 +258,7 @@ fn requests_wait_for_a_server_that_comes_back() {
             "--size=24M",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--time_based",
             "--runtime=6",
             &uri,

@@ -11,7 +11,7 @@ use crate::needs;
 use crate::support::daemon::{Daemon, program, run_to_end};
 use crate::support::disk::MIB;
 use crate::support::model::{assert_same, noise};
-use crate::support::run::{run, run_ok};
+use crate::support::run::{run, run_in, run_ok};
 use crate::support::{Scratch, qemu};
 
 #[test]
@@ -374,12 +374,13 @@ fn fio_verifies_what_it_wrote() {
             "--iodepth=32",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--size=48M",
             "--randrepeat=1",
             &uri,
         ];
         args.extend(job);
-        let ended = run("fio", &args);
+        let ended = run_in(served.scratch.dir(), "fio", &args);
         assert!(ended.success(), "{}\n{}", ended.stdout, ended.stderr);
     }
     served.daemon.stop();
