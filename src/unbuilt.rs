@@ -78,8 +78,8 @@ mod tests {
             explain(Error::generic(message)).hint
         };
         assert_eq!(
-            explained("nbd").as_deref(),
-            Some("stord does not have 'nbd' yet.")
+            explained("throttle").as_deref(),
+            Some("stord does not have 'throttle' yet.")
         );
         assert_eq!(explained("nope"), None);
         assert_eq!(explain(Error::generic("something else")).hint, None);

@@ -155,8 +155,8 @@ mod tests {
     #[test]
     fn unknown_protocols_and_formats_are_named() {
         assert_eq!(
-            parse("nbd:localhost", None, None).unwrap_err().message,
-            "Unknown protocol 'nbd'"
+            parse("http://localhost/", None, None).unwrap_err().message,
+            "Unknown protocol 'http'"
         );
         assert_eq!(
             parse("x", None, Some("vmdk")).unwrap_err().message,
