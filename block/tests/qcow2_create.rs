@@ -208,7 +208,7 @@ async fn contradicting_options_are_refused_in_the_reference_s_words() {
         ),
         (
             json!({"backing-file": "b", "preallocation": "metadata"}),
-            "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on",
         ),
     ];
     for (extra, text) in cases {

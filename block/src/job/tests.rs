@@ -147,7 +147,10 @@ async fn a_paused_job_rests_until_resumed_or_cancelled() {
         assert_eq!(message(jobs.pause("j")), "Job is already paused");
         until(&jobs, JobStatus::Paused).await;
         jobs.resume("j").unwrap();
-        assert_eq!(message(jobs.resume("j")), "Job is not paused");
+        assert_eq!(
+            message(jobs.resume("j")),
+            "Can't resume a job that was not paused"
+        );
         jobs.pause("j").unwrap();
         jobs.cancel("j").unwrap();
         until(&jobs, JobStatus::Concluded).await;

@@ -85,6 +85,7 @@ fn legacy(rest: &str) -> Option<BlockdevOptionsNbd> {
     let address = match server.strip_prefix("unix:") {
         Some("") => return None,
         Some(path) => unix(path.to_owned()),
+        None if server.is_empty() => return None,
         None => {
             let (host, port) = host_and_port(server)?;
             inet(host, port)
