@@ -92,7 +92,10 @@ impl Stored {
     fn satisfies(&self, raw: &RawBitmapEntry, geometry: &Geometry, disk_size: u64) -> bool {
         let clusters = u64::from(self.table_size);
         let bytes = clusters << geometry.cluster_bits;
-        let covers = u128::from(bytes * 8) << self.granularity_bits;
+        // The width is checked below; here it may be anything.
+        let covers = u128::from(bytes * 8)
+            .checked_shl(self.granularity_bits)
+            .unwrap_or(0);
         let known = if self.extra.is_empty() {
             IN_USE | AUTO
         } else {
