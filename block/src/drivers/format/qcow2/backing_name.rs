@@ -189,7 +189,7 @@ impl Image {
     }
 
     /// Writes bytes of the first cluster, those of the first sector together with the header's present values.
-    async fn write_durably(&self, at: usize, bytes: &[u8]) -> Result<(), Errno> {
+    pub(super) async fn write_durably(&self, at: usize, bytes: &[u8]) -> Result<(), Errno> {
         let in_head = HEAD_BYTES.saturating_sub(at).min(bytes.len());
         let (head, rest) = bytes.split_at(in_head);
         if !rest.is_empty() {

@@ -4,9 +4,8 @@
 //! new extension's content is on disk before its type, which is one write within a sector; content that lies in two sectors is changed
 //! while the extension is void; a backing file's name that is in the way is copied before the header names the copy.
 
-use stord_aio::{Errno, IoBuffer};
+use stord_aio::Errno;
 
-use crate::driver::FILE;
 use crate::drivers::format::qcow2::Image;
 use crate::drivers::format::qcow2::header::{BitmapsExtension, HEAD_BYTES, Header, read_bytes};
 use crate::drivers::format::qcow2::layout::{Autoclear, EXT_BITMAPS, EXT_END};
@@ -117,7 +116,7 @@ impl Image {
         if spans_sectors {
             self.change_header(|header| declare(header, false)).await?;
         }
-        self.put_durably(content, &content_of(&extension)).await?;
+        self.write_durably(content, &content_of(&extension)).await?;
         self.change_header(|header| {
             declare(header, true);
             header.bitmaps = Some(extension);
@@ -128,14 +127,14 @@ impl Image {
     async fn add_extension(&self, at: usize, extension: BitmapsExtension) -> Result<(), Errno> {
         let mut tail = content_of(&extension);
         tail.extend([0; HEAD]);
-        self.put_durably(at + HEAD, &tail).await?;
+        self.write_durably(at + HEAD, &tail).await?;
         let mut head = EXT_BITMAPS.to_be_bytes().to_vec();
         head.extend(
             u32::try_from(CONTENT)
                 .map_err(|_| Errno::EINVAL)?
                 .to_be_bytes(),
         );
-        self.put_durably(at, &head).await?;
+        self.write_durably(at, &head).await?;
         self.change_header(|header| {
             declare(header, true);
             header.bitmaps = Some(extension);
@@ -145,7 +144,7 @@ impl Image {
 
     async fn drop_last_extension(&self, at: usize) -> Result<(), Errno> {
         self.void_bitmaps().await?;
-        self.put_durably(at, &[0; HEAD]).await
+        self.write_durably(at, &[0; HEAD]).await
     }
 
     /// Sees to it that behind the last extension there is room for one more, and the mark of the end.
@@ -171,24 +170,8 @@ impl Image {
         if at + text.len() > cluster.len() {
             return Err(Errno::ENOSPC);
         }
-        self.put_durably(at, text).await?;
+        self.write_durably(at, text).await?;
         self.change_header(|header| header.raw.backing_file_offset = (at as u64).into())
             .await
-    }
-
-    /// Writes bytes of the first cluster, those of the first sector together with the header's present values.
-    async fn put_durably(&self, at: usize, bytes: &[u8]) -> Result<(), Errno> {
-        let in_head = HEAD_BYTES.saturating_sub(at).min(bytes.len());
-        let (head, rest) = bytes.split_at(in_head);
-        if !rest.is_empty() {
-            let at = (at + in_head) as u64;
-            let rest = IoBuffer::copy_of(rest);
-            self.children.write(FILE, at, rest.into(), false).await?;
-            self.children.flush(FILE).await?;
-        }
-        if !head.is_empty() {
-            self.change_header(|header| header.patch(at, head)).await?;
-        }
-        Ok(())
     }
 }
