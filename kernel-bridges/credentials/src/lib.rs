@@ -8,15 +8,7 @@ pub mod registry;
 pub mod secret;
 pub mod tls;
 
-use std::io;
-
 pub use authorization::Authorization;
 pub use registry::{Credential, Credentials};
 pub use secret::Secret;
 pub use tls::{TlsCredentials, TlsSession};
-
-/// What went wrong in the words of the C library, without Rust's "(os error N)".
-fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_owned()
-}

@@ -15,7 +15,7 @@ use stord_qmp::schema::object::QCryptoSecretFormat;
 use stord_qmp::{Error, base64};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::{Credentials, reason};
+use crate::Credentials;
 
 const KEY_SIZE: usize = 32;
 const BLOCK_SIZE: usize = 16;
@@ -93,7 +93,7 @@ impl Source<'_> {
 
 fn read_file(path: &str) -> Result<Zeroizing<Vec<u8>>, Error> {
     let failed = |what: &str, error: io::Error| {
-        let reason = reason(&error);
+        let reason = Error::reason(&error);
         Error::generic(format!(
             "Unable to read {path}: {what} file \u{201c}{path}\u{201d}: {reason}"
         ))
@@ -138,7 +138,7 @@ fn key_reason(error: KeyError) -> String {
         KeyError::Unknown(errno) => Errno::from_raw(errno),
         other => return other.to_string(),
     };
-    reason(&io::Error::from(errno))
+    Error::reason(&io::Error::from(errno))
 }
 
 fn decode_base64(bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>, Error> {

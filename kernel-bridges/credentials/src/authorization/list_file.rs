@@ -8,7 +8,6 @@ use stord_qmp::schema::object::AuthZListProperties;
 use stord_qmp::{Error, from_json, json};
 
 use super::{Authorization, List};
-use crate::reason;
 
 /// The largest file that is read, in bytes; rules for thousands of names are smaller.
 const SIZE_LIMIT: u64 = 16 << 20;
@@ -60,7 +59,7 @@ impl Authorization for ListFile {
 fn read(path: &Path) -> Result<List, Error> {
     let shown = path.display();
     let failed = |error: std::io::Error| {
-        let reason = reason(&error);
+        let reason = Error::reason(&error);
         Error::generic(format!("Unable to read '{shown}': {reason}")).with_source(error)
     };
     let size = std::fs::metadata(path).map_err(failed)?.len();

@@ -35,7 +35,7 @@ use stord_qmp::schema::object::{
     TlsCredsAnonProperties, TlsCredsProperties, TlsCredsPskProperties, TlsCredsX509Properties,
 };
 
-use crate::{Credentials, reason};
+use crate::Credentials;
 use priority::Priority;
 use psk::Keys;
 pub use session::{Handshake, Plaintext, Role, TlsSession};
@@ -300,7 +300,7 @@ fn load_group(common: &TlsCredsProperties) -> Result<Option<Dh<Params>>, Error> 
         return Ok(None);
     };
     let encoded = fs::read(&path).map_err(|error| {
-        let reason = reason(&error);
+        let reason = Error::reason(&error);
         Error::generic(format!(
             "Failed to open file \u{201c}{path}\u{201d}: {reason}"
         ))
@@ -363,6 +363,6 @@ impl<'a> Directory<'a> {
 }
 
 fn inaccessible(path: &str, error: io::Error) -> Error {
-    let reason = reason(&error);
+    let reason = Error::reason(&error);
     Error::generic(format!("Unable to access credentials {path}: {reason}")).with_source(error)
 }

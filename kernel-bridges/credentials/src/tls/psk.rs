@@ -10,7 +10,6 @@ use stord_qmp::schema::object::TlsCredsPskProperties;
 use zeroize::Zeroizing;
 
 use super::Directory;
-use crate::reason;
 
 /// The user whose key a client takes if it is not told.
 const DEFAULT_USER: &str = "qemu";
@@ -36,7 +35,7 @@ impl Keys {
         }
         let path = Directory::of(&properties.common).required("keys.psk")?;
         let lines = fs::read_to_string(&path).map_err(|error| {
-            let reason = reason(&error);
+            let reason = Error::reason(&error);
             Error::generic(format!(
                 "Failed to open file \u{201c}{path}\u{201d}: {reason}"
             ))

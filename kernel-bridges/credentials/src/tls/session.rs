@@ -218,7 +218,7 @@ impl TlsSession {
                 let reason = errors.find_map(openssl::error::Error::reason);
                 reason.unwrap_or("protocol error").to_owned()
             }
-            (None, Some(error)) => crate::reason(error),
+            (None, Some(error)) => Error::reason(error),
             (None, None) => CUT_SHORT.to_owned(),
         };
         let peer = match self.role {

@@ -22,7 +22,7 @@ use zeroize::Zeroizing;
 use super::certificate::Facts;
 use super::session::verification_failure;
 use super::{Directory, openssl_reason};
-use crate::{Credentials, reason};
+use crate::Credentials;
 
 /// `X509_V_ERR_UNABLE_TO_GET_CRL`: authorities need not say what they have revoked.
 const NO_REVOCATION_LIST: i32 = 3;
@@ -62,7 +62,7 @@ impl Material {
         // said so.
         let authorities = fs::read(&files.authorities).map_err(|error| {
             let path = &files.authorities;
-            let reason = reason(&error);
+            let reason = Error::reason(&error);
             Error::generic(format!("Cannot load CA certificate '{path}': {reason}"))
         })?;
         let authorities = X509::stack_from_pem(&authorities).unwrap_or_default();
@@ -202,7 +202,7 @@ fn load_pair(
     key: &str,
     password: Option<&[u8]>,
 ) -> Result<(Vec<X509>, PKey<Private>), String> {
-    let read = |path: &str| fs::read(path).map_err(|error: io::Error| reason(&error));
+    let read = |path: &str| fs::read(path).map_err(|error: io::Error| Error::reason(&error));
     let encoded = Zeroizing::new(read(key)?);
     let chain = parse_certificates(&read(certificate)?, "Base64 decoding error.")?;
     let has_key = encoded.windows(11).any(|text| text == b"PRIVATE KEY");
@@ -275,7 +275,7 @@ fn check(files: &Files, endpoint: Endpoint) -> Result<(), Error> {
 }
 
 fn import(path: &str, endpoint: Endpoint) -> Result<Vec<X509>, Error> {
-    let encoded = fs::read(Path::new(path)).map_err(|error| reason(&error));
+    let encoded = fs::read(Path::new(path)).map_err(|error| Error::reason(&error));
     let chain =
         encoded.and_then(|encoded| parse_certificates(&encoded, "Base64 unexpected header error."));
     chain.map_err(|reason| {

@@ -21,7 +21,7 @@ use stord_qmp::Error;
 use self::directory::{
     AUTO, GRANULARITY_BITS, IN_USE, MAX_BYTES, MAX_NAME, MAX_TABLE, Stored, entry_bytes,
 };
-use super::header::{BitmapsExtension, read_bytes, strerror};
+use super::header::{BitmapsExtension, read_bytes};
 use super::layout::{MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, OFFSET_MASK};
 use super::{Image, Qcow2};
 use crate::bitmap::{BitmapState, Bitmaps, DirtyBitmap, STORED_PIECE};
@@ -45,12 +45,10 @@ impl BitmapStore for Qcow2 {
 
     fn remove<'a>(&'a self, name: &'a str) -> DriverFuture<'a> {
         Box::pin(async move {
-            self.0.remove_bitmap(name).await.map_err(|errno| {
-                Error::generic(format!(
-                    "Failed to remove bitmap '{name}': {}",
-                    strerror(errno)
-                ))
-            })
+            self.0
+                .remove_bitmap(name)
+                .await
+                .map_err(|errno| Error::os(format!("Failed to remove bitmap '{name}'"), errno))
         })
     }
 }
@@ -121,18 +119,15 @@ impl Image {
         }
         let bitmap = DirtyBitmap::new(name, stored.granularity_bits, self.size(), state);
         let table = self.bitmap_table(stored).await.map_err(|errno| {
-            Error::generic(format!(
-                "Could not read bitmap_table table from image for bitmap '{}': {}",
-                stored.name(),
-                strerror(errno)
-            ))
+            let name = stored.name();
+            Error::os(
+                format!("Could not read bitmap_table table from image for bitmap '{name}'"),
+                errno,
+            )
         })?;
         self.load_bits(&bitmap, &table).await.map_err(|errno| {
-            Error::generic(format!(
-                "Could not read bitmap '{}' from image: {}",
-                stored.name(),
-                strerror(errno)
-            ))
+            let name = stored.name();
+            Error::os(format!("Could not read bitmap '{name}' from image"), errno)
         })?;
         Ok(bitmap)
     }

@@ -33,7 +33,7 @@ use self::rebuild::{Space, rebuild};
 use self::report::CheckError;
 use self::snapshots::SnapshotTable;
 use self::survey::{Subject, Survey};
-use super::header::{Header, strerror};
+use super::header::Header;
 use super::layout::{Autoclear, Incompatible};
 use crate::backend::Backend;
 use crate::driver::FILE;
@@ -67,7 +67,7 @@ pub(super) async fn repair_dirty(children: &Children) -> Result<(), Error> {
         .await
         .map_err(|error| failed(error.message.clone()).with_source(error))?;
     if report.check_errors > 0 {
-        return Err(failed(strerror(Errno::EIO)));
+        return Err(failed(Error::reason(&Errno::EIO.into())));
     }
     if report.corruptions > 0 {
         tracing::warn!(

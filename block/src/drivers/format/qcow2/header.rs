@@ -6,7 +6,7 @@
 //! Only the first 512 bytes are ever written back: all fields that change while an image is open lie there. Extensions, known or not,
 //! stay as they are.
 
-use stord_aio::{Errno, IoBuffer};
+use stord_aio::IoBuffer;
 use stord_qmp::Error;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -51,15 +51,6 @@ enum Purpose {
     Use,
     /// Looking for damage: a refcount table and a place for snapshots need not be there.
     Check,
-}
-
-/// The text that C's `strerror` has for an errno, as clients know it.
-pub(super) fn strerror(errno: Errno) -> String {
-    let text = std::io::Error::from_raw_os_error(errno as i32).to_string();
-    match text.rfind(" (os error") {
-        Some(end) => text[..end].to_owned(),
-        None => text,
-    }
 }
 
 impl Header {
@@ -163,9 +154,7 @@ pub(super) async fn read_bytes(
     children
         .read(FILE, offset, buffer.clone().into())
         .await
-        .map_err(|errno| {
-            Error::generic(format!("{what}: {}", strerror(errno))).with_source(errno)
-        })?;
+        .map_err(|errno| Error::os(what, errno))?;
     Ok(buffer.to_vec())
 }
 

@@ -11,7 +11,7 @@ use stord_qmp::schema::block::BlockdevOptionsQcow2;
 use super::cache::SliceCache;
 use super::clean::Cleaning;
 use super::compressed::Decompressed;
-use super::header::{Header, strerror};
+use super::header::Header;
 use super::l1::L1;
 use super::layout::Incompatible;
 use super::meta::Meta;
@@ -75,10 +75,7 @@ pub async fn open(
     let l1_len = usize::try_from(header.raw.l1_size.get()).unwrap_or(usize::MAX);
     let l1 = L1::read(&children, header.raw.l1_table_offset.get(), l1_len)
         .await
-        .map_err(|errno| {
-            Error::generic(format!("Could not read L1 table: {}", strerror(errno)))
-                .with_source(errno)
-        })?;
+        .map_err(|errno| Error::os("Could not read L1 table", errno))?;
     let snapshots = Snapshots::read(&children, &header).await?;
     let image = Image {
         slices: SliceCache::new(options.l2_cache, 1 << options.slice_bits),

@@ -24,7 +24,7 @@ use stord_qmp::Error;
 use stord_qmp::schema::node_info::SnapshotInfo;
 
 use super::alloc::Run;
-use super::header::{Header, strerror};
+use super::header::Header;
 use super::l1::L1;
 use super::layout::{Incompatible, MAX_L1_BYTES, OFFSET_MASK};
 use super::table::space;
@@ -58,9 +58,7 @@ impl InternalSnapshots for Qcow2 {
 
     fn delete<'a>(&'a self, index: usize) -> DriverFuture<'a> {
         Box::pin(async move {
-            let failed = |what: &'static str| {
-                move |errno| Error::generic(format!("{what}: {}", strerror(errno)))
-            };
+            let failed = |what: &'static str| move |errno: Errno| Error::os(what, errno);
             let unlisting = "Failed to remove snapshot from snapshot list";
             self.0
                 .ready_for_snapshots()

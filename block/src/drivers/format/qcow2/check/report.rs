@@ -4,8 +4,6 @@ use stord_aio::Errno;
 use stord_qmp::Error;
 use thiserror::Error as ThisError;
 
-use crate::drivers::format::qcow2::header::strerror;
-
 /// Findings that are told one by one; more are only counted.
 const MAX_NOTES: usize = 1000;
 
@@ -82,19 +80,19 @@ impl Notes {
 /// Why a check did not come to its end.
 #[derive(Clone, Debug, ThisError)]
 pub(super) enum CheckError {
-    #[error("Could not read {what} at offset {offset:#x}: {}", strerror(*errno))]
+    #[error("Could not read {what} at offset {offset:#x}: {}", Error::reason(&(*errno).into()))]
     Read {
         what: &'static str,
         offset: u64,
         errno: Errno,
     },
-    #[error("Could not write {what} at offset {offset:#x}: {}", strerror(*errno))]
+    #[error("Could not write {what} at offset {offset:#x}: {}", Error::reason(&(*errno).into()))]
     Write {
         what: &'static str,
         offset: u64,
         errno: Errno,
     },
-    #[error("Could not flush the image: {}", strerror(*.0))]
+    #[error("Could not flush the image: {}", Error::reason(&(*.0).into()))]
     Flush(Errno),
     #[error("{0}")]
     Snapshots(&'static str),
