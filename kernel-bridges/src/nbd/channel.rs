@@ -10,6 +10,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// Bytes of ciphertext read at a time.
 const CIPHERTEXT: usize = 4096;
+/// Bytes skipped at a time.
+const SKIPPED: usize = 4096;
 
 /// A connection that is being negotiated.
 pub(super) struct Channel {
@@ -66,7 +68,8 @@ impl Channel {
     }
 
     async fn receive(&mut self, session: &mut TlsSession) -> io::Result<()> {
-        let mut bytes = [0; CIPHERTEXT];
+        // Not within the future, of which there is one for each client that waits.
+        let mut bytes = vec![0; CIPHERTEXT];
         match self.stream.read(&mut bytes).await? {
             0 => session.end_of_input(),
             count => session.feed(&bytes[..count]),
@@ -100,7 +103,7 @@ impl Channel {
 
     /// Reads `count` bytes and forgets them.
     pub(super) async fn skip(&mut self, mut count: u64) -> io::Result<()> {
-        let mut bytes = [0; 4096];
+        let mut bytes = vec![0; SKIPPED];
         while count > 0 {
             let part = usize::try_from(count).map_or(bytes.len(), |count| count.min(bytes.len()));
             self.read(&mut bytes[..part]).await?;

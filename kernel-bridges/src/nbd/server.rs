@@ -1,24 +1,38 @@
 //! The NBD server: where it listens, whom it lets in, and for how long a handshake may last. On the control thread.
+//!
+//! Whoever connects and does not say what it wants holds a place until its time is over. While others wait for a place that time is
+//! short ([`HASTE`]), so that any number of silent clients cannot keep out those who talk. There are never more clients than the
+//! process has descriptors for: those beyond wait in the kernel.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::io;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use socket2::Socket;
 use stord_aio::sync::{Notify, watch};
 use stord_qmp::Error;
 use stord_qmp::schema::socket::SocketAddressKind;
 use stord_sockets::Listeners;
+use tokio::time::Instant;
 
 use super::channel::Channel;
 use super::export::NbdExport;
-use super::handshake::{self, Offer, Security};
+use super::handshake::{self, Agreement, Offer, Security};
 
 /// So many clients the kernel lets wait to be accepted.
 const BACKLOG: i32 = 128;
 /// After running out of descriptors the server waits so long before it accepts again.
 const PAUSE: Duration = Duration::from_millis(100);
+/// A handshake older than this is broken off when somebody waits for its place.
+const HASTE: Duration = Duration::from_secs(1);
+/// Descriptors that clients leave to the rest of the process.
+const SPARE_DESCRIPTORS: u64 = 256;
+/// Descriptors that a client takes: its socket, and a second one to end it by.
+const DESCRIPTORS_PER_CLIENT: u64 = 2;
 
 /// What the server is to be.
 pub(crate) struct NbdServerSettings {
@@ -41,10 +55,23 @@ struct Running {
     settings: NbdServerSettings,
     exports: RefCell<Vec<Weak<NbdExport>>>,
     clients: Cell<u32>,
+    /// So many may be.
+    most_clients: u32,
     /// A client has gone.
     left: Notify,
+    /// Handshakes under way, the oldest first.
+    handshakes: RefCell<BTreeMap<u64, Handshake>>,
+    /// Number of the handshake that comes next.
+    next: Cell<u64>,
     /// True when the server ends.
     ending: watch::Sender<bool>,
+}
+
+/// A client that has not said yet what it wants.
+struct Handshake {
+    begun: Instant,
+    /// Breaks it off.
+    leave: Rc<Notify>,
 }
 
 impl NbdServer {
@@ -58,11 +85,15 @@ impl NbdServer {
         // Somebody else may have been faster while the address was looked up.
         self.check_stopped()?;
         let (ending, _) = watch::channel(false);
+        let most_clients = most_clients(settings.max_connections);
         let running = Rc::new(Running {
             settings,
             exports: RefCell::default(),
             clients: Cell::new(0),
+            most_clients,
             left: Notify::new(),
+            handshakes: RefCell::default(),
+            next: Cell::new(0),
             ending,
         });
         *self.running.borrow_mut() = Some(Rc::clone(&running));
@@ -130,6 +161,7 @@ impl NbdServer {
 impl Running {
     async fn listen(self: Rc<Self>, listeners: Listeners) {
         let mut ending = self.ending.subscribe();
+        let mut is_refused = false;
         loop {
             let client = tokio::select! {
                 _ = ending.wait_for(|ending| *ending) => return,
@@ -137,12 +169,16 @@ impl Running {
             };
             match client {
                 Ok(client) => {
+                    is_refused = false;
                     self.clients.set(self.clients.get() + 1);
                     let server = Rc::clone(&self);
                     tokio::task::spawn_local(async move { server.serve(client).await });
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "an NBD client could not be accepted");
+                    if !is_refused {
+                        tracing::warn!(%error, "NBD clients cannot be accepted");
+                    }
+                    is_refused = true;
                     tokio::time::sleep(PAUSE).await;
                 }
             }
@@ -151,34 +187,36 @@ impl Running {
 
     /// The next client, once there is room for it.
     async fn accept(&self, listeners: &Listeners) -> io::Result<Socket> {
-        let limit = self.settings.max_connections;
-        while limit != 0 && self.clients.get() >= limit {
-            self.left.notified().await;
+        let client = listeners.accept().await?;
+        while self.clients.get() >= self.most_clients {
+            self.make_room().await;
         }
-        listeners.accept().await
+        Ok(client)
+    }
+
+    /// Waits for a client to go, and sends away one that is too slow. Only for when somebody waits.
+    async fn make_room(&self) {
+        let slow = self.handshakes.borrow().first_key_value().map(|(_, it)| {
+            let leave = Rc::clone(&it.leave);
+            (it.begun + HASTE, leave)
+        });
+        // Without a limit for handshakes nobody is too slow.
+        let slow = slow.filter(|_| !self.settings.handshake_limit.is_zero());
+        let Some((end, leave)) = slow else {
+            return self.left.notified().await;
+        };
+        tokio::select! {
+            () = self.left.notified() => {}
+            () = tokio::time::sleep_until(end) => {
+                leave.notify_one();
+                self.left.notified().await;
+            }
+        }
     }
 
     /// Sees a client to its end.
     async fn serve(&self, socket: Socket) {
-        let mut ending = self.ending.subscribe();
-        let negotiation = async {
-            let channel = Channel::new(socket)?;
-            handshake::negotiate(channel, self).await
-        };
-        let limited = async {
-            let limit = self.settings.handshake_limit;
-            if limit.is_zero() {
-                return negotiation.await;
-            }
-            tokio::time::timeout(limit, negotiation)
-                .await
-                .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-        };
-        let negotiated = tokio::select! {
-            _ = ending.wait_for(|ending| *ending) => Ok(None),
-            negotiated = limited => negotiated,
-        };
-        match negotiated {
+        match self.negotiate(socket).await {
             Ok(Some(agreement)) => {
                 let export = Rc::clone(&agreement.export);
                 export.serve(agreement).await;
@@ -189,6 +227,61 @@ impl Running {
         self.clients.set(self.clients.get() - 1);
         self.left.notify_one();
     }
+
+    /// Talks with a client, for as long as it may take, until it has chosen an export.
+    async fn negotiate(&self, socket: Socket) -> io::Result<Option<Agreement>> {
+        let mut ending = self.ending.subscribe();
+        let number = self.next.replace(self.next.get() + 1);
+        let leave = Rc::new(Notify::new());
+        let handshake = Handshake {
+            begun: Instant::now(),
+            leave: Rc::clone(&leave),
+        };
+        self.handshakes.borrow_mut().insert(number, handshake);
+        let limit = self.settings.handshake_limit;
+        let expiry = async {
+            if limit.is_zero() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(limit).await;
+        };
+        let negotiation = async { handshake::negotiate(Channel::new(socket)?, self).await };
+        let negotiated = tokio::select! {
+            _ = ending.wait_for(|ending| *ending) => Ok(None),
+            () = leave.notified() => Err(io::ErrorKind::TimedOut.into()),
+            () = expiry => Err(io::ErrorKind::TimedOut.into()),
+            negotiated = negotiation => negotiated,
+        };
+        self.handshakes.borrow_mut().remove(&number);
+        negotiated
+    }
+}
+
+/// The number of clients that may be, `wanted` (0 is no limit) or what the process has descriptors for. It may take as many of those as
+/// the system grants it.
+fn most_clients(wanted: u32) -> u32 {
+    let wanted = if wanted == 0 { u32::MAX } else { wanted };
+    let needed = u64::from(wanted) * DESCRIPTORS_PER_CLIENT + SPARE_DESCRIPTORS;
+    let Ok((mut soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return wanted;
+    };
+    if soft < needed && soft < hard {
+        let more = needed.min(hard);
+        match setrlimit(Resource::RLIMIT_NOFILE, more, hard) {
+            Ok(()) => soft = more,
+            Err(errno) => tracing::warn!(%errno, "the limit of descriptors cannot be raised"),
+        }
+    }
+    let possible = soft.saturating_sub(SPARE_DESCRIPTORS) / DESCRIPTORS_PER_CLIENT;
+    let possible = u32::try_from(possible.max(1)).unwrap_or(u32::MAX);
+    if possible < wanted && wanted != u32::MAX {
+        tracing::warn!(
+            possible,
+            wanted,
+            "the limit of descriptors allows fewer NBD clients than max-connections"
+        );
+    }
+    wanted.min(possible)
 }
 
 impl Offer for Running {
@@ -205,5 +298,53 @@ impl Offer for Running {
 
     fn security(&self) -> Option<&Security> {
         self.settings.security.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    fn running(handshake_limit: Duration) -> Running {
+        let (ending, _) = watch::channel(false);
+        Running {
+            settings: NbdServerSettings {
+                address: SocketAddressKind::Unix(stord_qmp::schema::socket::UnixSocketAddress {
+                    path: String::new(),
+                    r#abstract: None,
+                    tight: None,
+                }),
+                handshake_limit,
+                max_connections: 1,
+                security: None,
+            },
+            exports: RefCell::default(),
+            clients: Cell::new(1),
+            most_clients: 1,
+            left: Notify::new(),
+            handshakes: RefCell::default(),
+            next: Cell::new(0),
+            ending,
+        }
+    }
+
+    #[test]
+    fn waiting_client_costs_little() {
+        let server = running(Duration::ZERO);
+        let (socket, _peer) = UnixStream::pair().expect("a pair");
+        let serving = server.serve(Socket::from(socket));
+        let size = size_of_val(&serving);
+        assert!(size < 3000, "{size} bytes");
+    }
+
+    #[tokio::test]
+    async fn slow_client_makes_room_after_a_moment() {
+        let server = running(Duration::from_secs(10));
+        let (socket, _peer) = UnixStream::pair().expect("a pair");
+        let begun = Instant::now();
+        tokio::join!(server.serve(Socket::from(socket)), server.make_room());
+        assert!(begun.elapsed() >= HASTE && begun.elapsed() < HASTE * 5);
+        assert_eq!(server.clients.get(), 0);
     }
 }
