@@ -479,7 +479,7 @@ impl ExportRegistry {
     /// Removes all exports, and returns when the last is gone and the NBD server has stopped.
     pub async fn close_all(self: &Rc<Self>) {
         self.close(|_| true).await;
-        self.nbd.stop();
+        self.nbd.stop().await;
     }
 
     /// Removes some exports, and returns when the last is gone.

@@ -5,8 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rand::RngExt;
+use rand::rngs::StdRng;
 use serde_json::{Value, json};
 
+use super::oracle::{Style, handshake, judge, judge_handshake, number_requests, skip_handshake};
 use super::{SIZE, Served};
 use crate::needs;
 use crate::support::disk::MIB;
@@ -233,10 +235,121 @@ fn damaged_conversations_do_no_harm() {
         let mut stream = served.connect();
         let _ = stream.write_all(&bytes);
         let _ = stream.shutdown(std::net::Shutdown::Write);
-        let _ = stream.read_to_end(&mut Vec::new());
+        let mut said = Vec::new();
+        let _ = stream.read_to_end(&mut said);
+        judge_handshake(&said).unwrap();
     }
     run_ok("nbdinfo", &["--size", &served.uri()]);
     assert!(served.daemon.memory_kib("VmRSS") < 100 * 1024);
     served.daemon.stop();
     qemu::assert_clean(&served.image);
+}
+
+/// Requests of every kind, well and ill, in every style, in pieces of any length: each is answered once, in full.
+#[test]
+fn random_requests_are_answered_once() {
+    needs!("qemu-img");
+    let served = Served::start(&noise(8, 4 * MIB), ",max-connections=0", ",writable=on");
+    let mut rng = rng(21);
+    for round in 0..300 {
+        let style = [Style::Simple, Style::Structured, Style::Extended][round % 3];
+        let mut stream = Vec::new();
+        for _ in 0..rng.random_range(1..40) {
+            random_request(&mut rng, style, &mut stream);
+        }
+        if rng.random_bool(0.3) {
+            let at = rng.random_range(0..stream.len());
+            stream[at] ^= 1 << rng.random_range(0..8);
+        }
+        let sent = number_requests(style, &mut stream, usize::MAX);
+        let mut client = served.connect();
+        client.write_all(&handshake(style, "disk")).unwrap();
+        skip_handshake(&mut client).unwrap();
+        let mut writer = client.try_clone().unwrap();
+        let pieces: Vec<usize> = (0..20).map(|_| rng.random_range(1..30_000)).collect();
+        let sending = std::thread::spawn(move || {
+            let mut rest = &stream[..];
+            for piece in pieces.into_iter().cycle() {
+                let (piece, more) = rest.split_at(piece.min(rest.len()));
+                // The server hangs up on what is no request.
+                if piece.is_empty() || writer.write_all(piece).is_err() {
+                    break;
+                }
+                rest = more;
+            }
+            let _ = writer.shutdown(std::net::Shutdown::Write);
+        });
+        let mut replies = Vec::new();
+        client.read_to_end(&mut replies).unwrap();
+        sending.join().unwrap();
+        if let Err(fault) = judge(style, &sent, &replies) {
+            panic!("round {round}, {style:?}: {fault}");
+        }
+    }
+    served.daemon.stop();
+    qemu::assert_clean(&served.image);
+}
+
+fn random_request(rng: &mut StdRng, style: Style, stream: &mut Vec<u8>) {
+    let kind: u16 = match rng.random_range(0..20) {
+        0 => rng.random(),
+        1 => 8,
+        2 => 2,
+        _ => [0, 1, 3, 4, 5, 6, 7][rng.random_range(0..7)],
+    };
+    // A disconnection ends it all, so it is rare.
+    let kind = if kind == 2 && rng.random_bool(0.8) {
+        0
+    } else {
+        kind
+    };
+    let flags: u16 = if rng.random_bool(0.1) {
+        rng.random()
+    } else {
+        1 << rng.random_range(0..6) & 0b1_1111
+    };
+    let length: u64 = match rng.random_range(0..10) {
+        0 => 0,
+        1 => u64::from(rng.random::<u32>()),
+        2..5 => rng.random_range(1..300_000),
+        _ => rng.random_range(1..64) * 512,
+    };
+    let length = if kind == 1 {
+        length.min(200_000)
+    } else {
+        length
+    };
+    let offset = match rng.random_range(0..12) {
+        0 => rng.random(),
+        1 => SIZE - length.min(SIZE),
+        2 => SIZE,
+        _ => rng.random_range(0..SIZE / 512) * 512 / 4,
+    };
+    let has_payload = kind == 1 || (style == Style::Extended && flags & 1 << 5 != 0);
+    let length = if has_payload {
+        length.min(200_000)
+    } else {
+        length
+    };
+    let magic: u32 = if style == Style::Extended {
+        0x21e4_1c71
+    } else {
+        0x2560_9513
+    };
+    stream.extend(magic.to_be_bytes());
+    stream.extend(flags.to_be_bytes());
+    stream.extend(kind.to_be_bytes());
+    stream.extend([0; 8]);
+    stream.extend(offset.to_be_bytes());
+    if style == Style::Extended {
+        stream.extend(length.to_be_bytes());
+    } else {
+        stream.extend(u32::try_from(length).unwrap().to_be_bytes());
+    }
+    if has_payload {
+        stream.extend(std::iter::repeat_n(
+            rng.random::<u8>(),
+            usize::try_from(length).unwrap(),
+        ));
+    }
 }

@@ -1,8 +1,12 @@
 //! The NBD server, asked by everybody who speaks NBD: libnbd, QEMU, nbdkit, fio, and some who do not speak it well.
 
+mod crowd;
 mod hostile;
+mod oracle;
 mod peers;
+mod sessions;
 mod tls;
+mod tools;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -10,7 +14,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, program};
 use crate::support::disk::MIB;
 use crate::support::model::assert_same;
 use crate::support::run::{Ended, limited, run_ok};
@@ -53,9 +57,33 @@ impl Served {
         Served::start_over(scratch, image, &[], server, export)
     }
 
+    /// Serves an empty image from a process that may have so many descriptors.
+    fn start_limited(descriptors: u32, server: &str) -> Served {
+        let scratch = Scratch::in_memory();
+        let image = scratch.path("disk.qcow2");
+        qemu::create(&image, SIZE, "");
+        let mut command = Command::new("prlimit");
+        command
+            .arg(format!("--nofile={descriptors}:{descriptors}"))
+            .arg(program());
+        Served::start_as(scratch, image, command, &[], server, "")
+    }
+
     fn start_over(
         scratch: Scratch,
         image: PathBuf,
+        before: &[&str],
+        server: &str,
+        export: &str,
+    ) -> Served {
+        let command = Command::new(program());
+        Served::start_as(scratch, image, command, before, server, export)
+    }
+
+    fn start_as(
+        scratch: Scratch,
+        image: PathBuf,
+        command: Command,
         before: &[&str],
         server: &str,
         export: &str,
@@ -79,7 +107,7 @@ impl Served {
             "--monitor".to_owned(),
             "chardev=qmp".to_owned(),
         ]);
-        let daemon = Daemon::start(&scratch, &args);
+        let daemon = Daemon::start_as(&scratch, command, &args);
         Served {
             scratch,
             image,

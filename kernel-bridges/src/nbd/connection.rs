@@ -127,6 +127,8 @@ pub(super) async fn serve(fd: OwnedFd, tls: Option<TlsSession>, service: Service
     while connection.requests.get() > 0 {
         connection.ended.notified().await;
     }
+    // What came before the end is answered.
+    connection.flush();
     while connection.sending.get() {
         connection.ended.notified().await;
     }

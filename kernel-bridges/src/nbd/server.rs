@@ -17,6 +17,7 @@ use stord_aio::sync::{Notify, watch};
 use stord_qmp::Error;
 use stord_qmp::schema::socket::SocketAddressKind;
 use stord_sockets::Listeners;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::channel::Channel;
@@ -49,6 +50,8 @@ pub(crate) struct NbdServerSettings {
 #[derive(Default)]
 pub(crate) struct NbdServer {
     running: RefCell<Option<Rc<Running>>>,
+    /// Ends when nobody can connect any more.
+    listening: RefCell<Option<JoinHandle<()>>>,
 }
 
 struct Running {
@@ -71,6 +74,14 @@ struct Running {
 struct Handshake {
     begun: Instant,
     /// Breaks it off.
+    leave: Rc<Notify>,
+}
+
+/// What a client has of the server from when it was let in.
+struct Place {
+    /// Of its handshake.
+    number: u64,
+    /// Its handshake is to be broken off.
     leave: Rc<Notify>,
 }
 
@@ -97,7 +108,8 @@ impl NbdServer {
             ending,
         });
         *self.running.borrow_mut() = Some(Rc::clone(&running));
-        tokio::task::spawn_local(async move { running.listen(listeners).await });
+        let listening = tokio::task::spawn_local(async move { running.listen(listeners).await });
+        *self.listening.borrow_mut() = Some(listening);
         Ok(())
     }
 
@@ -150,10 +162,16 @@ impl NbdServer {
         Ok(())
     }
 
-    /// Stops listening and breaks off handshakes. The exports have to be gone.
-    pub(crate) fn stop(&self) {
-        if let Some(running) = self.running.borrow_mut().take() {
+    /// Stops listening and breaks off handshakes; nobody can connect when this returns. The exports have to be gone.
+    pub(crate) async fn stop(&self) {
+        let running = self.running.borrow_mut().take();
+        let listening = self.listening.borrow_mut().take();
+        if let Some(running) = running {
             running.ending.send_replace(true);
+        }
+        if let Some(listening) = listening {
+            // It has no way to fail.
+            let _ = listening.await;
         }
     }
 }
@@ -170,16 +188,18 @@ impl Running {
             match client {
                 Ok(client) => {
                     is_refused = false;
-                    self.clients.set(self.clients.get() + 1);
+                    let place = self.take_place();
                     let server = Rc::clone(&self);
-                    tokio::task::spawn_local(async move { server.serve(client).await });
+                    tokio::task::spawn_local(async move { server.serve(client, place).await });
                 }
                 Err(error) => {
                     if !is_refused {
                         tracing::warn!(%error, "NBD clients cannot be accepted");
                     }
                     is_refused = true;
-                    tokio::time::sleep(PAUSE).await;
+                    let pause = tokio::time::timeout(PAUSE, ending.wait_for(|ending| *ending));
+                    // Whether the server ends is asked again above.
+                    let _ = pause.await;
                 }
             }
         }
@@ -214,9 +234,24 @@ impl Running {
         }
     }
 
+    /// Counts a client that is there from now on.
+    fn take_place(&self) -> Place {
+        self.clients.set(self.clients.get() + 1);
+        let number = self.next.replace(self.next.get() + 1);
+        let leave = Rc::new(Notify::new());
+        let handshake = Handshake {
+            begun: Instant::now(),
+            leave: Rc::clone(&leave),
+        };
+        self.handshakes.borrow_mut().insert(number, handshake);
+        Place { number, leave }
+    }
+
     /// Sees a client to its end.
-    async fn serve(&self, socket: Socket) {
-        match self.negotiate(socket).await {
+    async fn serve(&self, socket: Socket, place: Place) {
+        let negotiated = self.negotiate(socket, &place).await;
+        self.handshakes.borrow_mut().remove(&place.number);
+        match negotiated {
             Ok(Some(agreement)) => {
                 let export = Rc::clone(&agreement.export);
                 export.serve(agreement).await;
@@ -229,15 +264,8 @@ impl Running {
     }
 
     /// Talks with a client, for as long as it may take, until it has chosen an export.
-    async fn negotiate(&self, socket: Socket) -> io::Result<Option<Agreement>> {
+    async fn negotiate(&self, socket: Socket, place: &Place) -> io::Result<Option<Agreement>> {
         let mut ending = self.ending.subscribe();
-        let number = self.next.replace(self.next.get() + 1);
-        let leave = Rc::new(Notify::new());
-        let handshake = Handshake {
-            begun: Instant::now(),
-            leave: Rc::clone(&leave),
-        };
-        self.handshakes.borrow_mut().insert(number, handshake);
         let limit = self.settings.handshake_limit;
         let expiry = async {
             if limit.is_zero() {
@@ -246,14 +274,12 @@ impl Running {
             tokio::time::sleep(limit).await;
         };
         let negotiation = async { handshake::negotiate(Channel::new(socket)?, self).await };
-        let negotiated = tokio::select! {
+        tokio::select! {
             _ = ending.wait_for(|ending| *ending) => Ok(None),
-            () = leave.notified() => Err(io::ErrorKind::TimedOut.into()),
+            () = place.leave.notified() => Err(io::ErrorKind::TimedOut.into()),
             () = expiry => Err(io::ErrorKind::TimedOut.into()),
             negotiated = negotiation => negotiated,
-        };
-        self.handshakes.borrow_mut().remove(&number);
-        negotiated
+        }
     }
 }
 
@@ -320,7 +346,7 @@ mod tests {
                 security: None,
             },
             exports: RefCell::default(),
-            clients: Cell::new(1),
+            clients: Cell::new(0),
             most_clients: 1,
             left: Notify::new(),
             handshakes: RefCell::default(),
@@ -333,7 +359,7 @@ mod tests {
     fn waiting_client_costs_little() {
         let server = running(Duration::ZERO);
         let (socket, _peer) = UnixStream::pair().expect("a pair");
-        let serving = server.serve(Socket::from(socket));
+        let serving = server.serve(Socket::from(socket), server.take_place());
         let size = size_of_val(&serving);
         assert!(size < 3000, "{size} bytes");
     }
@@ -343,7 +369,11 @@ mod tests {
         let server = running(Duration::from_secs(10));
         let (socket, _peer) = UnixStream::pair().expect("a pair");
         let begun = Instant::now();
-        tokio::join!(server.serve(Socket::from(socket)), server.make_room());
+        let place = server.take_place();
+        tokio::join!(
+            server.make_room(),
+            server.serve(Socket::from(socket), place)
+        );
         assert!(begun.elapsed() >= HASTE && begun.elapsed() < HASTE * 5);
         assert_eq!(server.clients.get(), 0);
     }

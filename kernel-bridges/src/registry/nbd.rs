@@ -137,7 +137,7 @@ impl ExportRegistry {
     pub async fn nbd_server_stop(self: &Rc<Self>) -> Result<(), Error> {
         self.nbd.check_running()?;
         self.close(|entry| entry.kind == BlockExportType::Nbd).await;
-        self.nbd.stop();
+        self.nbd.stop().await;
         Ok(())
     }
 

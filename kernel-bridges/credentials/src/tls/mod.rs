@@ -233,6 +233,8 @@ impl TlsCredentials {
         let mut context = SslContext::builder(SslMethod::tls()).map_err(|error| failed(&error))?;
         context.set_options(SslOptions::NO_TICKET | SslOptions::NO_RENEGOTIATION);
         context.set_session_cache_mode(SslSessionCacheMode::OFF);
+        // A record's header and body are had at once, and the records after it.
+        context.set_read_ahead(true);
         let told = context.set_num_tickets(0);
         told.map_err(|error| failed(&error))?;
         let group = match &settings.group {

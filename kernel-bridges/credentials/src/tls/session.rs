@@ -15,7 +15,7 @@ use super::name;
 use crate::Credentials;
 
 /// Records read are taken in at once, so this is what a session keeps of an idle connection.
-const KEPT_CAPACITY: usize = 64 << 10;
+const KEPT_CAPACITY: usize = 72 << 10;
 
 /// One TLS connection.
 pub struct TlsSession {

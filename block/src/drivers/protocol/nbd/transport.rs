@@ -13,8 +13,12 @@ use stord_credentials::tls::{Plaintext, TlsSession};
 
 /// Bytes of ciphertext read at a time.
 const CIPHERTEXT: usize = 64 << 10;
-/// The most plaintext encrypted at a time, in bytes.
-const PLAINTEXT: u64 = 256 << 10;
+/// Plaintext encrypted at a time, in bytes: three whole records, whose ciphertext is no longer than what a session keeps of its memory.
+const STEP: usize = 48 << 10;
+/// What encrypting so much adds at most, in bytes.
+const OVERHEAD: usize = 1024;
+/// The most ciphertext on its way, in bytes.
+const OUTGOING: usize = 6 * (STEP + OVERHEAD);
 
 /// The stream of a connection.
 pub struct Transport {
@@ -26,9 +30,45 @@ struct Tls {
     session: TlsSession,
     incoming: IoBuffer,
     /// Ciphertext on its way.
-    outgoing: IoVec,
-    /// Plaintext on its way up.
+    outgoing: Outgoing,
+    /// Plaintext on its way up or down.
     plaintext: Vec<u8>,
+    /// The peer has closed its side, or the session has broken, after the plaintext that was read last.
+    end: Option<Result<usize, Errno>>,
+}
+
+/// Ciphertext in its order, in memory that is used again and again.
+struct Outgoing {
+    memory: IoBuffer,
+    start: usize,
+    end: usize,
+}
+
+impl Outgoing {
+    fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    fn has_room(&self) -> bool {
+        self.end + STEP + OVERHEAD <= self.memory.len()
+    }
+
+    fn push(&mut self, ciphertext: &[u8]) {
+        self.memory.write_at(self.end, ciphertext);
+        self.end += ciphertext.len();
+    }
+
+    fn bytes(&self) -> IoVec {
+        self.memory.slice(self.start..self.end).into()
+    }
+
+    fn sent(&mut self, count: usize) {
+        self.start += count;
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        }
+    }
 }
 
 impl Transport {
@@ -43,8 +83,13 @@ impl Transport {
                 RefCell::new(Tls {
                     session,
                     incoming: IoBuffer::zeroed(CIPHERTEXT),
-                    outgoing: IoVec::new(),
+                    outgoing: Outgoing {
+                        memory: IoBuffer::zeroed(OUTGOING),
+                        start: 0,
+                        end: 0,
+                    },
                     plaintext: vec![0; CIPHERTEXT],
+                    end: None,
                 })
             }),
         })
@@ -100,8 +145,8 @@ impl Transport {
             taken = tls.encrypt(front)?;
         }
         while !tls.outgoing.is_empty() {
-            match self.socket.try_write(&tls.outgoing) {
-                Ok(count) => tls.sent(count),
+            match self.socket.try_write(&tls.outgoing.bytes()) {
+                Ok(count) => tls.outgoing.sent(count),
                 // The plaintext is taken all the same.
                 Err(Errno::EAGAIN) if taken > 0 => break,
                 Err(errno) => return Err(errno),
@@ -118,12 +163,12 @@ impl Transport {
         let Some(tls) = &self.tls else {
             return self.socket.write_when_ready(front).await;
         };
-        let outgoing = tls.borrow().outgoing.clone();
+        let outgoing = tls.borrow().outgoing.bytes();
         if outgoing.is_empty() {
             return tls.borrow_mut().encrypt(&front);
         }
         let count = self.socket.write_when_ready(outgoing).await?;
-        tls.borrow_mut().sent(count);
+        tls.borrow_mut().outgoing.sent(count);
         Ok(0)
     }
 
@@ -143,20 +188,29 @@ impl Transport {
 }
 
 impl Tls {
-    /// Plaintext that needs no more ciphertext: its length, 0 at the end of the stream.
+    /// Plaintext that needs no more ciphertext, of as many records as there are: its length, 0 at the end of the stream.
     fn decrypt(&mut self, room: &IoVec) -> Result<Option<usize>, Errno> {
-        let most = usize::try_from(room.len()).map_or(CIPHERTEXT, |room| room.min(CIPHERTEXT));
-        match self.session.read(&mut self.plaintext[..most]) {
-            Ok(Plaintext::Bytes(count)) => {
-                room.write_at(0, &self.plaintext[..count]);
-                Ok(Some(count))
+        let mut done = 0;
+        while done < room.len() && self.end.is_none() {
+            let left =
+                usize::try_from(room.len() - done).map_or(CIPHERTEXT, |left| left.min(CIPHERTEXT));
+            match self.session.read(&mut self.plaintext[..left]) {
+                Ok(Plaintext::Bytes(count)) => {
+                    room.write_at(done, &self.plaintext[..count]);
+                    done += count as u64;
+                }
+                Ok(Plaintext::NeedsInput) => break,
+                Ok(Plaintext::Closed) => self.end = Some(Ok(0)),
+                Err(error) => {
+                    tracing::debug!(%error, "a TLS session has broken");
+                    self.end = Some(Err(Errno::EPROTO));
+                }
             }
-            Ok(Plaintext::Closed) => Ok(Some(0)),
-            Ok(Plaintext::NeedsInput) => Ok(None),
-            Err(error) => {
-                tracing::debug!(%error, "a TLS session has broken");
-                Err(Errno::EPROTO)
-            }
+        }
+        match (done, self.end) {
+            (0, None) => Ok(None),
+            (0, Some(end)) => end.map(Some),
+            (done, _) => Ok(usize::try_from(done).ok()),
         }
     }
 
@@ -170,17 +224,28 @@ impl Tls {
         self.session.feed(&self.plaintext[..count]);
     }
 
+    /// Encrypts the beginning of `front`, and gives its length. Nothing may be on its way.
     fn encrypt(&mut self, front: &IoVec) -> Result<usize, Errno> {
-        let length = front.len().min(PLAINTEXT);
-        let plaintext = front.slice(0..length).to_vec();
-        self.session.write(&plaintext).map_err(|_| Errno::EPROTO)?;
-        let ciphertext = self.session.output().to_vec();
-        self.session.consume_output(ciphertext.len());
-        self.outgoing.push(IoBuffer::from_vec(ciphertext));
-        Ok(plaintext.len())
+        // Where the session has something to say of its own, that comes first.
+        self.take_output();
+        let mut taken = 0;
+        while taken < front.len() && self.outgoing.has_room() {
+            let step = usize::try_from(front.len() - taken).map_or(STEP, |left| left.min(STEP));
+            let plaintext = &mut self.plaintext[..step];
+            front.read_at(taken, plaintext);
+            self.session.write(plaintext).map_err(|_| Errno::EPROTO)?;
+            taken += step as u64;
+            self.take_output();
+        }
+        usize::try_from(taken).map_err(|_| Errno::EOVERFLOW)
     }
 
-    fn sent(&mut self, count: usize) {
-        self.outgoing = self.outgoing.slice(count as u64..self.outgoing.len());
+    /// Takes what the session has for the peer, as far as there is room.
+    fn take_output(&mut self) {
+        let output = self.session.output();
+        let room = self.outgoing.memory.len() - self.outgoing.end;
+        let count = output.len().min(room);
+        self.outgoing.push(&output[..count]);
+        self.session.consume_output(count);
     }
 }

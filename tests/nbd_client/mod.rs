@@ -1,5 +1,8 @@
 //! The `nbd` driver against the servers of others and our own: content, errors, odd servers, and servers that go away.
 
+mod filters;
+mod hostile;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
