@@ -280,7 +280,11 @@ fn random_requests_are_answered_once() {
             let _ = writer.shutdown(std::net::Shutdown::Write);
         });
         let mut replies = Vec::new();
-        client.read_to_end(&mut replies).unwrap();
+        match client.read_to_end(&mut replies) {
+            Ok(_) => {}
+            // It hung up on what is no request, and did not look at the rest.
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+        }
         sending.join().unwrap();
         if let Err(fault) = judge(style, &sent, &replies) {
             panic!("round {round}, {style:?}: {fault}");

@@ -31,6 +31,14 @@ fn number(bytes: &[u8]) -> u64 {
         .fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
+fn size(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+fn count(bytes: &[u8]) -> u32 {
+    u32::try_from(bytes.len()).expect("short")
+}
+
 /// The requests that a server finds in a stream, up to `most`, each given a cookie of its own; the stream is cut behind them.
 pub fn number_requests(style: Style, stream: &mut Vec<u8>, most: usize) -> Vec<Sent> {
     let (magic, header) = match style {
@@ -53,7 +61,7 @@ pub fn number_requests(style: Style, stream: &mut Vec<u8>, most: usize) -> Vec<S
         if payload > MOST || kind == DISCONNECT {
             return found;
         }
-        let end = at + header + payload as usize;
+        let end = at + header + size(payload);
         if end > stream.len() {
             return found;
         }
@@ -76,15 +84,15 @@ pub fn judge(style: Style, sent: &[Sent], mut replies: &[u8]) -> Result<(), Stri
     let mut answered = vec![false; sent.len()];
     let mut received = vec![0; sent.len()];
     while !replies.is_empty() {
-        let size = match style {
+        let header_size = match style {
             Style::Simple => 16,
             Style::Structured => 20,
             Style::Extended => 32,
         };
         let (header, rest) = replies
-            .split_at_checked(size)
+            .split_at_checked(header_size)
             .ok_or("a header that is cut off")?;
-        let cookie = number(&header[8..16]) as usize;
+        let cookie = size(number(&header[8..16]));
         let request = sent
             .get(cookie)
             .ok_or_else(|| format!("cookie {cookie} was not given"))?;
@@ -98,7 +106,7 @@ pub fn judge(style: Style, sent: &[Sent], mut replies: &[u8]) -> Result<(), Stri
             answered[cookie] = true;
             let is_good = number(&header[4..8]) == 0;
             let data = if is_good && request.kind == READ {
-                request.length as usize
+                size(request.length)
             } else {
                 0
             };
@@ -119,7 +127,9 @@ pub fn judge(style: Style, sent: &[Sent], mut replies: &[u8]) -> Result<(), Stri
         {
             return Err("a bad magic".to_owned());
         }
-        let length = number(&header[if style == Style::Structured { 16 } else { 24 }..]) as usize;
+        let length = size(number(
+            &header[if style == Style::Structured { 16 } else { 24 }..],
+        ));
         let (body, rest) = rest
             .split_at_checked(length)
             .ok_or("a chunk that is cut off")?;
@@ -129,20 +139,20 @@ pub fn judge(style: Style, sent: &[Sent], mut replies: &[u8]) -> Result<(), Stri
             0 if is_done && body.is_empty() => {}
             1 | 2 if request.kind == READ && body.len() >= 8 => {
                 let offset = number(&body[..8]);
-                let size = if kind == 1 {
+                let extent = if kind == 1 {
                     body.len() as u64 - 8
                 } else {
                     number(&body[8..])
                 };
                 if offset < request.offset
-                    || offset + size > request.offset + request.length
-                    || size == 0
+                    || offset.saturating_add(extent) > request.offset + request.length
+                    || extent == 0
                 {
                     return Err(format!(
-                        "{size} bytes from {offset} on are not asked for: {request:?}"
+                        "{extent} bytes from {offset} on are not asked for: {request:?}"
                     ));
                 }
-                received[cookie] += size;
+                received[cookie] += extent;
                 if is_done && received[cookie] != request.length {
                     return Err(format!("{} bytes of {request:?}", received[cookie]));
                 }
@@ -172,12 +182,12 @@ pub fn handshake(style: Style, name: &str) -> Vec<u8> {
         [
             b"IHAVEOPT",
             &kind.to_be_bytes()[..],
-            &(data.len() as u32).to_be_bytes(),
+            &count(data).to_be_bytes(),
             data,
         ]
         .concat()
     };
-    let named = [&(name.len() as u32).to_be_bytes()[..], name.as_bytes()].concat();
+    let named = [&count(name.as_bytes()).to_be_bytes()[..], name.as_bytes()].concat();
     let mut bytes = 3_u32.to_be_bytes().to_vec();
     if style != Style::Simple {
         bytes.extend(option(if style == Style::Structured { 8 } else { 11 }, &[]));
@@ -205,7 +215,7 @@ pub fn skip_handshake(stream: &mut impl std::io::Read) -> std::io::Result<()> {
         let mut header = [0; 20];
         stream.read_exact(&mut header)?;
         let (option, reply) = (number(&header[8..12]), number(&header[12..16]));
-        stream.read_exact(&mut vec![0; number(&header[16..20]) as usize])?;
+        stream.read_exact(&mut vec![0; size(number(&header[16..20]))])?;
         if option == 7 && reply != 3 {
             let is_good = reply == 1;
             return is_good
@@ -224,7 +234,7 @@ pub fn judge_handshake(said: &[u8]) -> Result<(), String> {
         return Err("no greeting".to_owned());
     };
     while rest.len() >= 20 && number(&rest[..8]) == 0x0003_e889_0455_65a9 {
-        let length = number(&rest[16..20]) as usize;
+        let length = size(number(&rest[16..20]));
         if length > 16 << 10 {
             return Err(format!("a reply of {length} bytes"));
         }

@@ -313,7 +313,7 @@ fn replies_to_nothing_are_not_taken() {
         // An error, or else the truth of a connection that was there in time.
         let _ = read();
         assert!(begun.elapsed() < Duration::from_secs(20), "lie {number}");
-        crate::support::eventually("the next connection tells the truth", 30, || read());
+        crate::support::eventually("the next connection tells the truth", 30, read);
         assert!(passing.daemon.log().contains("sent what was not asked for"));
         passing.daemon.stop();
     }

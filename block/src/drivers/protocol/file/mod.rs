@@ -16,6 +16,7 @@ mod lock;
 mod open;
 pub mod own_mounts;
 mod resize;
+mod status;
 pub mod supplied;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,7 +26,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use nix::sys::stat::fstat;
-use nix::unistd::{Whence, lseek};
 use stord_aio::{Errno, Fallocate, File, IoVec, pool};
 use stord_qmp::Error;
 use stord_qmp::schema::block::{BlockdevDriver, OnOffAuto};
@@ -50,6 +50,7 @@ pub struct FileDriver {
     length: AtomicU64,
     is_device: bool,
     identity: (u64, u64),
+    found: status::Found,
     /// Requests that the file system refused once and will refuse again.
     no_zero_range: AtomicBool,
     no_punch_hole: AtomicBool,
@@ -254,12 +255,17 @@ impl Protocol for FileDriver {
     }
 
     fn write_zeroes<'a>(&'a self, offset: u64, len: u64, flags: ZeroFlags) -> IoFuture<'a> {
-        Box::pin(self.zero(offset, len, flags))
+        Box::pin(async move {
+            let result = self.zero(offset, len, flags).await;
+            self.found.forget();
+            result
+        })
     }
 
     fn discard<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a> {
         Box::pin(async move {
             let result = self.punch_hole(offset, len).await;
+            self.found.forget();
             self.discards.count(len, result);
             result
         })
@@ -285,10 +291,16 @@ impl Protocol for FileDriver {
     fn status<'a>(&'a self, offset: u64, len: u64) -> IoFuture<'a, BlockStatus> {
         Box::pin(async move {
             if self.is_device {
-                return Ok(data(len));
+                return Ok(status::data(len));
             }
-            self.on_pool(move |file| seek_status(file, offset, len))
-                .await
+            let changes = match self.found.look_up(offset, len) {
+                Ok(known) => return Ok(known),
+                Err(changes) => changes,
+            };
+            let seek = move |file: &File| status::seek(file.fd(), offset, len);
+            let (status, stretch) = self.on_pool(seek).await?;
+            self.found.note(stretch, changes);
+            Ok(status)
         })
     }
 
@@ -303,8 +315,10 @@ impl Protocol for FileDriver {
                     _ => Ok(()),
                 };
             }
-            self.on_pool(move |file| resize::resize(file.fd(), length, size, preallocation))
-                .await?;
+            let resize = move |file: &File| resize::resize(file.fd(), length, size, preallocation);
+            let resized = self.on_pool(resize).await;
+            self.found.forget();
+            resized?;
             self.length.store(size, Ordering::Release);
             Ok(())
         })
@@ -384,6 +398,7 @@ impl Protocol for FileDriver {
             });
             let length = length.await?;
             self.length.store(length, Ordering::Release);
+            self.found.forget();
             Ok(length)
         })
     }
@@ -394,36 +409,6 @@ impl Protocol for FileDriver {
 
     fn identity(&self) -> Option<(u64, u64)> {
         Some(self.identity)
-    }
-}
-
-fn data(len: u64) -> BlockStatus {
-    BlockStatus {
-        len,
-        data: true,
-        zero: false,
-        allocated: true,
-    }
-}
-
-/// Asks the file system where data and holes are. One that cannot tell says that all is data.
-fn seek_status(file: &File, offset: u64, len: u64) -> Result<BlockStatus, Errno> {
-    let hole = |len| BlockStatus {
-        len,
-        data: false,
-        zero: true,
-        allocated: true,
-    };
-    let start = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
-    let distance = |to: i64| u64::try_from(to - start).unwrap_or(0).min(len);
-    match lseek(file.fd(), start, Whence::SeekData) {
-        Err(Errno::ENXIO) => Ok(hole(len)),
-        Err(_) => Ok(data(len)),
-        Ok(at) if at > start => Ok(hole(distance(at))),
-        Ok(_) => match lseek(file.fd(), start, Whence::SeekHole) {
-            Ok(at) if at > start => Ok(data(distance(at))),
-            _ => Ok(data(len)),
-        },
     }
 }
 

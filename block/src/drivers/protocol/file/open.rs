@@ -104,6 +104,7 @@ fn open_here(
         identity: (stat.st_dev, stat.st_ino),
         no_zero_range: AtomicBool::new(false),
         no_punch_hole: AtomicBool::new(false),
+        found: Default::default(),
         flush_failed: AtomicBool::new(false),
     })
 }
@@ -147,6 +148,7 @@ pub(super) fn reopened(
         identity: old.identity,
         no_zero_range: AtomicBool::new(false),
         no_punch_hole: AtomicBool::new(false),
+        found: Default::default(),
         flush_failed: AtomicBool::new(old.flush_failed.load(Ordering::Acquire)),
     })
 }
