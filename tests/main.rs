@@ -34,4 +34,5 @@ mod sequences;
 mod snapshots;
 mod takeover;
 mod tls;
+mod vm;
 mod writes;
