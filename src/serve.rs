@@ -1,4 +1,5 @@
-//! `stord serve`: lets others have an image over the network, for people: one image, one server, and the URI to find it by.
+//! `stord serve`: lets others have an image, for people: one image, one server, and the URI to find it by, or the socket where a
+//! virtual machine finds it.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;
@@ -7,7 +8,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 use stord_qmp::Error;
-use stord_qmp::schema::export::{BlockExportKind, BlockExportOptions, BlockExportOptionsNbd};
+use stord_qmp::schema::export::{
+    BlockExportKind, BlockExportOptions, BlockExportOptionsNbd, BlockExportOptionsVhostUserBlk,
+};
 use stord_qmp::schema::nbd::NbdServerOptions;
 use stord_qmp::schema::socket::{
     InetSocketAddress, SocketAddress, SocketAddressKind, UnixSocketAddress, VsockSocketAddress,
@@ -24,7 +27,7 @@ const NODE: &str = "image";
 const EXPORT: &str = "serve";
 const NBD_PORT: &str = "10809";
 
-/// Let others have a disk image over the network.
+/// Let others have a disk image, over the network or as the disk of a virtual machine.
 #[derive(Clone, Debug, Args)]
 pub struct ServeArgs {
     /// The disk image, a file or a block device
@@ -36,6 +39,12 @@ pub struct ServeArgs {
     /// The name that clients ask for [default: none]
     #[arg(long, default_value = "", hide_default_value = true)]
     name: String,
+    /// Be a disk of a virtual machine instead, whose monitor finds it at this vhost-user socket
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["nbd", "name"])]
+    vhost_user: Option<PathBuf>,
+    /// How many queues that disk can have: one for each of the machine's processors is best
+    #[arg(long, value_name = "N", default_value_t = 16, requires = "vhost_user")]
+    queues: u16,
     /// Do not let anybody write
     #[arg(short, long)]
     read_only: bool,
@@ -60,16 +69,28 @@ pub fn run(args: ServeArgs, background: Option<Background>) -> ExitCode {
     })
 }
 
+/// Where the image is to be had.
+enum Place {
+    Nbd(SocketAddressKind),
+    /// The path of a socket.
+    VhostUser(String),
+}
+
 async fn serve(args: &ServeArgs, background: Option<Background>) -> Result<(), Error> {
-    let address = match &args.nbd {
-        Some(text) => parse(text)?,
-        None => beside(&args.image)?,
+    let place = match (&args.vhost_user, &args.nbd) {
+        (Some(socket), _) => Place::VhostUser(absolute(socket)?),
+        (None, Some(text)) => Place::Nbd(parse(text)?),
+        (None, None) => Place::Nbd(beside(&args.image)?),
     };
     let daemon = Daemon::start()?;
-    let started = start(&daemon, args, &address).await;
+    let started = start(&daemon, args, &place).await;
     let started = started.and_then(|()| {
         daemon.announce();
-        report::print(&format!("{}\n", uri(&address, &args.name)));
+        let found_at = match &place {
+            Place::Nbd(address) => uri(address, &args.name),
+            Place::VhostUser(socket) => socket.clone(),
+        };
+        report::print(&format!("{found_at}\n"));
         background.map_or(Ok(()), Background::complete)
     });
     if started.is_ok() {
@@ -81,11 +102,7 @@ async fn serve(args: &ServeArgs, background: Option<Background>) -> Result<(), E
     started.and(closed)
 }
 
-async fn start(
-    daemon: &Daemon,
-    args: &ServeArgs,
-    address: &SocketAddressKind,
-) -> Result<(), Error> {
+async fn start(daemon: &Daemon, args: &ServeArgs, place: &Place) -> Result<(), Error> {
     let shown = args.image.display();
     let failed = |error| Error::os(format!("cannot open '{shown}'"), error);
     let path = fs::canonicalize(&args.image).map_err(failed)?;
@@ -102,6 +119,30 @@ async fn start(
     let text = text.ok_or_else(|| Error::generic(format!("'{shown}' is not valid UTF-8")))?;
     let image = image_options(text, kind.is_block_device(), format, args.read_only);
     daemon.graph.blockdev_add(image.named(NODE)).await?;
+    let export = match place {
+        Place::Nbd(address) => {
+            start_nbd_server(daemon, address).await?;
+            BlockExportKind::Nbd(BlockExportOptionsNbd {
+                name: Some(args.name.clone()),
+                ..BlockExportOptionsNbd::default()
+            })
+        }
+        Place::VhostUser(socket) => BlockExportKind::VhostUserBlk(BlockExportOptionsVhostUserBlk {
+            addr: SocketAddress {
+                address: unix(socket),
+            },
+            logical_block_size: None,
+            num_queues: Some(args.queues),
+        }),
+    };
+    let options = BlockExportOptions {
+        writable: Some(!args.read_only),
+        ..BlockExportOptions::new(export, EXPORT, NODE)
+    };
+    daemon.exports.add(options).await
+}
+
+async fn start_nbd_server(daemon: &Daemon, address: &SocketAddressKind) -> Result<(), Error> {
     let server = NbdServerOptions {
         handshake_max_seconds: None,
         tls_creds: None,
@@ -112,30 +153,28 @@ async fn start(
         },
     };
     let credentials = daemon.objects.credentials().clone();
-    daemon.exports.nbd_server_start(server, credentials).await?;
-    let export = BlockExportOptionsNbd {
-        name: Some(args.name.clone()),
-        ..BlockExportOptionsNbd::default()
-    };
-    let options = BlockExportOptions {
-        writable: Some(!args.read_only),
-        ..BlockExportOptions::new(BlockExportKind::Nbd(export), EXPORT, NODE)
-    };
-    daemon.exports.add(options).await
+    daemon.exports.nbd_server_start(server, credentials).await
 }
 
 /// The socket beside an image.
 fn beside(image: &Path) -> Result<SocketAddressKind, Error> {
     let mut path = image.to_path_buf().into_os_string();
     path.push(".nbd");
-    let path = std::path::absolute(&path)
+    let path = absolute(Path::new(&path));
+    path.map(|path| unix(&path))
+        .map_err(|error| error.with_hint("Say where to listen: --nbd ADDR"))
+}
+
+/// A path that holds wherever the daemon works.
+fn absolute(path: &Path) -> Result<String, Error> {
+    let path = std::path::absolute(path)
         .map_err(|error| Error::os("cannot find the working directory", error))?;
     match path.to_str() {
-        Some(path) => Ok(unix(path)),
-        None => Err(
-            Error::generic(format!("'{}' is not valid UTF-8", path.display()))
-                .with_hint("Say where to listen: --nbd ADDR"),
-        ),
+        Some(path) => Ok(path.to_owned()),
+        None => Err(Error::generic(format!(
+            "'{}' is not valid UTF-8",
+            path.display()
+        ))),
     }
 }
 

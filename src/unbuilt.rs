@@ -42,7 +42,6 @@ const KNOWN: &[&str] = &[
     "vdi",
     "vduse-blk",
     "vhdx",
-    "vhost-user-blk",
     "vmdk",
     "vpc",
     "vvfat",

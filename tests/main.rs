@@ -34,5 +34,6 @@ mod sequences;
 mod snapshots;
 mod takeover;
 mod tls;
+mod vhost_user;
 mod vm;
 mod writes;

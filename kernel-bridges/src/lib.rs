@@ -8,6 +8,7 @@ mod fuse;
 pub mod mount_table;
 mod nbd;
 mod registry;
+mod vhost_user;
 #[expect(dead_code, reason = "the transports that use it are being built")]
 mod virtio;
 

@@ -6,6 +6,7 @@
 
 mod mount;
 mod nbd;
+mod vhost_user;
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -109,6 +110,7 @@ impl ExportRegistry {
     pub async fn add(self: &Rc<Self>, options: BlockExportOptions) -> Result<(), Error> {
         let (kind, mountpoint) = match &options.kind {
             BlockExportKind::Nbd(_) => (BlockExportType::Nbd, None),
+            BlockExportKind::VhostUserBlk(_) => (BlockExportType::VhostUserBlk, None),
             BlockExportKind::Fuse(fuse) => (BlockExportType::Fuse, Some(fuse.mountpoint.clone())),
         };
         let entry = self.enter(&options.id, kind, &options.node_name, mountpoint)?;
@@ -161,22 +163,24 @@ impl ExportRegistry {
         }
         let allow_inactive = options.allow_inactive.unwrap_or(false);
         match &options.kind {
-            BlockExportKind::Fuse(_) if allow_inactive => {
+            BlockExportKind::Fuse(_) | BlockExportKind::VhostUserBlk(_) if allow_inactive => {
                 return Err(Error::generic(
                     "Export type does not support inactive exports",
                 ));
             }
-            BlockExportKind::Fuse(_) | BlockExportKind::Nbd(_) => {}
+            _ => {}
         }
         let queues = match &options.kind {
             BlockExportKind::Fuse(fuse) => fuse.num_queues,
+            // More contexts than that there are not; further queues share them.
+            BlockExportKind::VhostUserBlk(disk) => Some(vhost_user::check(disk)?.min(MOST_QUEUES)),
             BlockExportKind::Nbd(_) => None,
         };
         let iothreads = self.iothreads_of(options)?;
         let placement = self.place(iothreads.as_ref(), queues)?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
-            BlockExportKind::Nbd(_) => false,
+            BlockExportKind::Nbd(_) | BlockExportKind::VhostUserBlk(_) => false,
             BlockExportKind::Fuse(fuse) => writable && fuse.growable.unwrap_or(false),
         };
         let attached = self.attach(options, writable, growable);
@@ -195,6 +199,7 @@ impl ExportRegistry {
         };
         let started = match &options.kind {
             BlockExportKind::Nbd(nbd) => self.start_nbd(entry, nbd, parts),
+            BlockExportKind::VhostUserBlk(disk) => vhost_user::start(entry, disk, parts).await,
             BlockExportKind::Fuse(fuse) => self.start_fuse(entry, fuse, parts).await,
         };
         match started {

@@ -3,6 +3,7 @@
 use super::block::OnOffAuto;
 use crate::Qapi;
 use crate::schema::bitmap::BlockDirtyBitmapOrStr;
+use crate::schema::socket::SocketAddress;
 
 /// What `block-export-add` and `--export` create.
 #[derive(Clone, Debug, PartialEq, Qapi)]
@@ -48,6 +49,8 @@ impl BlockExportOptions {
 pub enum BlockExportKind {
     /// A disk that clients of the NBD server see.
     Nbd(BlockExportOptionsNbd),
+    /// A virtio disk for a virtual machine, over a socket.
+    VhostUserBlk(BlockExportOptionsVhostUserBlk),
     /// A regular file in a file system of its own.
     Fuse(BlockExportOptionsFuse),
 }
@@ -63,6 +66,17 @@ pub struct BlockExportOptionsNbd {
     pub bitmaps: Option<Vec<BlockDirtyBitmapOrStr>>,
     /// Let clients see how deep in the backing chain data lies, as `qemu:allocation-depth`; default off.
     pub allocation_depth: Option<bool>,
+}
+
+/// Options of a vhost-user-blk export.
+#[derive(Clone, Debug, PartialEq, Qapi)]
+pub struct BlockExportOptionsVhostUserBlk {
+    /// Where virtual machines come: a Unix socket, or a descriptor of one that listens or is connected.
+    pub addr: SocketAddress,
+    /// The size of the disk's blocks in bytes, a power of two from 512 to 2097152; default 512.
+    pub logical_block_size: Option<u64>,
+    /// How many queues the disk has; default 1.
+    pub num_queues: Option<u16>,
 }
 
 /// The iothreads of an export.
@@ -123,6 +137,8 @@ pub enum FuseExportAllowOther {
 pub enum BlockExportType {
     /// A disk that clients of the NBD server see.
     Nbd,
+    /// A virtio disk for a virtual machine, over a socket.
+    VhostUserBlk,
     /// A regular file in a file system of its own.
     Fuse,
 }
