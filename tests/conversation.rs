@@ -236,6 +236,7 @@ conversations! {
     objects
     protocol
     reopening
+    vhost_user
 }
 
 /// How a request reads in the list of differences.

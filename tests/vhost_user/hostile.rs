@@ -14,8 +14,8 @@ use rand::{Rng, RngExt};
 
 use super::driver::*;
 use super::front_end::*;
-use super::{SIZE, Served};
 use super::noise;
+use super::{SIZE, Served};
 use crate::support::model::rng;
 
 const VERSION: u32 = 1;
@@ -158,7 +158,7 @@ fn refused_messages_change_nothing() {
         (SET_LOG_BASE, longs(&[4096, 0]), vec![]),
         (
             SET_INFLIGHT_FD,
-            [longs(&[64, 0]), words(&[1 << 16 | 1, 0])].concat(),
+            [longs(&[64, 0]), words(&[1024 << 16 | 1, 0])].concat(),
             vec![short.as_fd()],
         ),
         (
@@ -243,6 +243,7 @@ fn counters_that_are_full_or_never_rest_harm_nobody() {
     let content = noise(4, SIZE);
     let served = Served::start(&content, "");
     let (_front, machine, mut queue) = served.guest();
+    queue.is_called(Duration::ZERO);
     queue.call.write(u64::MAX - 1).unwrap();
     for slot in 0..SLOTS {
         queue.submit(&machine, slot, IN, 0, 4096);
@@ -250,7 +251,8 @@ fn counters_that_are_full_or_never_rest_harm_nobody() {
     queue.kick.write(u64::MAX - 1).unwrap();
     let mut left = usize::from(SLOTS);
     while left > 0 {
-        queue.kick();
+        // It is full as long as nobody has read it.
+        let _ = queue.kick.write(1);
         left -= queue.take_used(&machine).len();
     }
     served.daemon.stop();

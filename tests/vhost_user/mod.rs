@@ -9,7 +9,6 @@ mod recovery;
 use std::path::PathBuf;
 
 use crate::support::daemon::Daemon;
-use crate::support::disk::MIB;
 use crate::support::model;
 use crate::support::{Qmp, Scratch};
 
@@ -17,7 +16,7 @@ use driver::{Machine, Queue};
 use front_end::FrontEnd;
 
 /// Bytes of the disk.
-const SIZE: u64 = 32 * MIB;
+const SIZE: u64 = 32 << 20;
 
 fn noise(seed: u64, len: u64) -> Vec<u8> {
     model::noise(seed, usize::try_from(len).unwrap())

@@ -3,12 +3,13 @@
 //! What a running ring was started with is only changed while it is stopped; descriptors to call and whether writes are logged
 //! change under it.
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::task::JoinHandle;
 
 use super::device::Device;
@@ -54,19 +55,33 @@ enum State {
 
 /// An event counter of the front end's, if it has given one. It may give another at any time.
 #[derive(Default)]
-pub(super) struct Event(ArcSwapOption<OwnedFd>);
+pub(super) struct Event(ArcSwapOption<Counter>);
+
+struct Counter {
+    descriptor: OwnedFd,
+    /// Adding to a full counter would wait.
+    is_blocking: bool,
+}
 
 impl Event {
-    fn set(&self, descriptor: Option<OwnedFd>) {
-        self.0.store(descriptor.map(Arc::new));
+    fn set(&self, counter: Option<Counter>) {
+        self.0.store(counter.map(Arc::new));
     }
 
     /// Adds one.
     fn signal(&self) {
-        if let Some(descriptor) = &*self.0.load() {
-            // A counter that is full is one that the front end will look at.
-            let _ = nix::unistd::write(descriptor, &1_u64.to_ne_bytes());
+        let Some(counter) = &*self.0.load() else {
+            return;
+        };
+        // That is how the front end wants to have it, which reads the same counter.
+        if counter.is_blocking {
+            let mut polled = [PollFd::new(counter.descriptor.as_fd(), PollFlags::POLLOUT)];
+            if poll(&mut polled, PollTimeout::ZERO) == Ok(0) {
+                return;
+            }
         }
+        // One that is full is one that the front end will look at.
+        let _ = nix::unistd::write(&counter.descriptor, &1_u64.to_ne_bytes());
     }
 }
 
@@ -133,21 +148,21 @@ impl Ring {
     }
 
     pub(super) async fn set_kick(&mut self, kick: OwnedFd) -> Result<(), Refusal> {
-        let kick = counter(kick)?;
+        let kick = Counter::new(kick)?;
         self.pause().await;
-        self.kick = Some(kick);
+        self.kick = Some(kick.descriptor);
         Ok(())
     }
 
     pub(super) fn set_call(&mut self, call: Option<OwnedFd>) -> Result<(), Refusal> {
-        self.call.set(call.map(counter).transpose()?);
+        self.call.set(call.map(Counter::new).transpose()?);
         // What was completed while there was none, or another, may not have been noticed.
         self.call.signal();
         Ok(())
     }
 
     pub(super) fn set_error(&mut self, error: Option<OwnedFd>) -> Result<(), Refusal> {
-        self.error.set(error.map(counter).transpose()?);
+        self.error.set(error.map(Counter::new).transpose()?);
         Ok(())
     }
 
@@ -243,18 +258,22 @@ impl Ring {
     }
 }
 
-/// Sees that a descriptor is an event counter, the only kind that cannot make who writes it or waits for it do more than that.
-fn counter(descriptor: OwnedFd) -> Result<OwnedFd, Refusal> {
-    let name = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
-    // Without /proc, nothing can be said.
-    if let Ok(kind) = std::fs::read_link(name)
-        && kind.as_os_str() != EVENTFD
-    {
-        return Err(Refusal::NoEventFd);
+impl Counter {
+    /// Sees that a descriptor is an event counter, the only kind that cannot make who writes it or waits for it do more than that.
+    fn new(descriptor: OwnedFd) -> Result<Self, Refusal> {
+        let name = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+        // Without /proc, nothing can be said.
+        if let Ok(kind) = std::fs::read_link(name)
+            && kind.as_os_str() != EVENTFD
+        {
+            return Err(Refusal::NoEventFd);
+        }
+        let flags = fcntl(&descriptor, FcntlArg::F_GETFL);
+        let flags = flags.map_err(Refusal::system("an eventfd cannot be used"))?;
+        let flags = OFlag::from_bits_retain(flags);
+        Ok(Self {
+            descriptor,
+            is_blocking: !flags.contains(OFlag::O_NONBLOCK),
+        })
     }
-    let failed = || Refusal::system("an eventfd cannot be used");
-    let flags = fcntl(&descriptor, FcntlArg::F_GETFL).map_err(failed())?;
-    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
-    fcntl(&descriptor, FcntlArg::F_SETFL(flags)).map_err(failed())?;
-    Ok(descriptor)
 }

@@ -163,6 +163,22 @@ impl Words {
             .then_some(Self(memory))
     }
 
+    /// The number of bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Sets bits of the byte at `at`, whatever others do to it meanwhile.
+    ///
+    /// # Panics
+    /// When it is not inside.
+    #[inline]
+    pub(crate) fn set_bits_u8(&self, at: usize, bits: u8) {
+        let ptr = self.place::<u8>(at);
+        // SAFETY: as for reading and writing.
+        unsafe { AtomicU8::from_ptr(ptr) }.fetch_or(bits, Ordering::SeqCst);
+    }
+
     words!(load_u8, store_u8, u8, AtomicU8);
     words!(load_u16, store_u16, u16, AtomicU16);
     words!(load_u32, store_u32, u32, AtomicU32);
