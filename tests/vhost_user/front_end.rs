@@ -41,10 +41,8 @@ pub const SET_STATUS: u32 = 39;
 pub const GET_STATUS: u32 = 40;
 
 pub const F_LOG_ALL: u64 = 1 << 26;
-pub const F_PROTOCOL: u64 = 1 << 30;
 
 const VERSION: u32 = 1;
-const IS_REPLY: u32 = 1 << 2;
 const NEEDS_REPLY: u32 = 1 << 3;
 
 /// What the other end answers.

@@ -32,7 +32,7 @@ fn what_is_no_message_ends_the_connection() {
     let content = noise(1, SIZE);
     let served = Served::start(&content, "");
     let null = File::open("/dev/null").unwrap();
-    let many = vec![null.as_fd(); 40];
+    let many = [null.as_fd(); 40];
     let bad: [(Vec<u8>, usize); 8] = [
         // Of another version, a reply, too long, unknown.
         (message(GET_FEATURES, 2, 0, &[]), 0),

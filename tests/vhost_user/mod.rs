@@ -1,5 +1,10 @@
 //! The vhost-user-blk export, against a front end and a guest's driver that are written here, and against virtual machines.
 
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "disk and memory are small, and offsets into them are u64 on the wire"
+)]
+
 mod driver;
 mod front_end;
 mod hostile;
