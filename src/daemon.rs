@@ -14,7 +14,7 @@ use stord_block::{Contexts, Graph};
 use stord_bridges::{ExportEvent, ExportRegistry};
 use stord_qmp::chardev_opts;
 use stord_qmp::opts::Opts;
-use stord_qmp::schema::export::BlockExportDeleted;
+use stord_qmp::schema::export::{BlockExportAttached, BlockExportDeleted};
 use stord_qmp::schema::job::JobStatusChange;
 use stord_qmp::{Error, Event, from_keyval};
 
@@ -73,13 +73,14 @@ impl Daemon {
         let events = Broadcast::default();
         let exports = {
             let events = events.clone();
-            ExportRegistry::new(
-                Rc::clone(&graph),
-                Rc::clone(&contexts),
-                move |ExportEvent::Deleted { id }| {
-                    events.send(Event::new(&BlockExportDeleted { id }));
-                },
-            )
+            ExportRegistry::new(Rc::clone(&graph), Rc::clone(&contexts), move |event| {
+                events.send(match event {
+                    ExportEvent::Deleted { id } => Event::new(&BlockExportDeleted { id }),
+                    ExportEvent::Attached { id, device } => {
+                        Event::new(&BlockExportAttached { id, device })
+                    }
+                });
+            })
         };
         let jobs = {
             let events = events.clone();

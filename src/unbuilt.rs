@@ -40,7 +40,6 @@ const KNOWN: &[&str] = &[
     "throttle",
     "throttle-group",
     "vdi",
-    "vduse-blk",
     "vhdx",
     "vmdk",
     "vpc",

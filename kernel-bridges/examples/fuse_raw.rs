@@ -28,9 +28,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let graph = Rc::new(Graph::new(Rc::clone(&contexts)));
         let ended = Rc::new(Notify::new());
         let note = Rc::clone(&ended);
-        let events = move |ExportEvent::Deleted { id }| {
-            eprintln!("export '{id}' has ended");
-            note.notify_one();
+        let events = move |event| {
+            if let ExportEvent::Deleted { id } = event {
+                eprintln!("export '{id}' has ended");
+                note.notify_one();
+            }
         };
         let registry = ExportRegistry::new(Rc::clone(&graph), contexts, events);
         graph.blockdev_add(blockdev).await?;

@@ -9,7 +9,7 @@ use stord_block::Backend;
 use crate::fuse::Connection;
 
 /// A future of the control thread.
-pub(crate) type LocalFuture<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
+pub(crate) type LocalFuture<'a, T = ()> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 /// Resolves when an export serves no more, for whatever reason.
 pub(crate) type Ended = LocalFuture<'static>;
@@ -27,7 +27,15 @@ pub(crate) trait Export {
     fn leave(&self) {}
 
     /// Whether somebody uses it whom only a removal in the mode `hard` may cut off.
-    fn is_in_use(&self) -> bool;
+    fn is_in_use(&self) -> LocalFuture<'_, bool>;
+
+    /// Says that its users are to be cut off when it is shut down.
+    fn force(&self) {}
+
+    /// The block device of this machine that it is.
+    fn device(&self) -> Option<String> {
+        None
+    }
 
     /// Takes the export away from its users; it ends soon, unless a request of theirs does not.
     fn shut_down(&self) -> LocalFuture<'_>;

@@ -8,9 +8,12 @@ mod fuse;
 pub mod mount_table;
 mod nbd;
 mod registry;
+mod state_directory;
+mod vduse;
 mod vhost_user;
 #[expect(dead_code, reason = "the transports that use it are being built")]
 mod virtio;
 
 pub use fuse::Connection;
 pub use registry::{DirectoryFile, ExportEvent, ExportRegistry, MountExport, MountLayout};
+pub use state_directory::StateDirectory;

@@ -6,6 +6,7 @@
 
 mod mount;
 mod nbd;
+mod vduse;
 mod vhost_user;
 
 use std::cell::{Cell, RefCell};
@@ -45,6 +46,13 @@ pub enum ExportEvent {
     Deleted {
         /// The export's id.
         id: String,
+    },
+    /// The export has become a block device of this machine.
+    Attached {
+        /// The export's id.
+        id: String,
+        /// The block device's path.
+        device: String,
     },
 }
 
@@ -112,6 +120,7 @@ impl ExportRegistry {
             BlockExportKind::Nbd(_) => (BlockExportType::Nbd, None),
             BlockExportKind::VhostUserBlk(_) => (BlockExportType::VhostUserBlk, None),
             BlockExportKind::Fuse(fuse) => (BlockExportType::Fuse, Some(fuse.mountpoint.clone())),
+            BlockExportKind::VduseBlk(_) => (BlockExportType::VduseBlk, None),
         };
         let entry = self.enter(&options.id, kind, &options.node_name, mountpoint)?;
         let started = self.start(&entry, &options).await;
@@ -163,7 +172,11 @@ impl ExportRegistry {
         }
         let allow_inactive = options.allow_inactive.unwrap_or(false);
         match &options.kind {
-            BlockExportKind::Fuse(_) | BlockExportKind::VhostUserBlk(_) if allow_inactive => {
+            BlockExportKind::Fuse(_)
+            | BlockExportKind::VhostUserBlk(_)
+            | BlockExportKind::VduseBlk(_)
+                if allow_inactive =>
+            {
                 return Err(Error::generic(
                     "Export type does not support inactive exports",
                 ));
@@ -172,15 +185,18 @@ impl ExportRegistry {
         }
         let queues = match &options.kind {
             BlockExportKind::Fuse(fuse) => fuse.num_queues,
-            // More contexts than that there are not; further queues share them.
+            // There are no more contexts than that; further queues share them.
             BlockExportKind::VhostUserBlk(disk) => Some(vhost_user::check(disk)?.min(MOST_QUEUES)),
+            BlockExportKind::VduseBlk(disk) => Some(vduse::check(disk)?.min(MOST_QUEUES)),
             BlockExportKind::Nbd(_) => None,
         };
         let iothreads = self.iothreads_of(options)?;
         let placement = self.place(iothreads.as_ref(), queues)?;
         let writable = options.writable.unwrap_or(false);
         let growable = match &options.kind {
-            BlockExportKind::Nbd(_) | BlockExportKind::VhostUserBlk(_) => false,
+            BlockExportKind::Nbd(_)
+            | BlockExportKind::VhostUserBlk(_)
+            | BlockExportKind::VduseBlk(_) => false,
             BlockExportKind::Fuse(fuse) => writable && fuse.growable.unwrap_or(false),
         };
         let attached = self.attach(options, writable, growable);
@@ -201,9 +217,14 @@ impl ExportRegistry {
             BlockExportKind::Nbd(nbd) => self.start_nbd(entry, nbd, parts),
             BlockExportKind::VhostUserBlk(disk) => vhost_user::start(entry, disk, parts).await,
             BlockExportKind::Fuse(fuse) => self.start_fuse(entry, fuse, parts).await,
+            BlockExportKind::VduseBlk(disk) => self.start_vduse(entry, disk, parts).await,
         };
         match started {
             Ok((export, ended)) => {
+                if let Some(device) = export.device() {
+                    let id = entry.id.clone();
+                    (self.events)(ExportEvent::Attached { id, device });
+                }
                 self.supervise(entry, export, ended, vec![backend], placement);
                 Ok(())
             }
@@ -427,14 +448,14 @@ impl ExportRegistry {
         let entry = self
             .find(id)
             .ok_or_else(|| Error::generic(format!("Export '{id}' is not found")))?;
-        let is_in_use = entry
-            .export
-            .borrow()
-            .as_ref()
-            .is_some_and(|export| export.is_in_use());
-        if mode == BlockExportRemoveMode::Safe && is_in_use {
-            return Err(Error::generic(format!("export '{id}' still in use"))
-                .with_hint("Use mode='hard' to force client disconnect"));
+        let export = entry.export.borrow().clone();
+        match (export, mode) {
+            (Some(export), BlockExportRemoveMode::Safe) if export.is_in_use().await => {
+                return Err(Error::generic(format!("export '{id}' still in use"))
+                    .with_hint("Use mode='hard' to force client disconnect"));
+            }
+            (Some(export), BlockExportRemoveMode::Hard) => export.force(),
+            _ => {}
         }
         let stage = entry.stage.subscribe();
         if !self.request_shutdown(&entry) {
@@ -472,6 +493,11 @@ impl ExportRegistry {
                 r#type: entry.kind,
                 node_name: entry.node_name.clone(),
                 shutting_down: entry.shutting_down.get(),
+                device: entry
+                    .export
+                    .borrow()
+                    .as_ref()
+                    .and_then(|export| export.device()),
             })
             .collect()
     }

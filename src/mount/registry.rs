@@ -1,15 +1,15 @@
 //! Which images this user's stords have mounted where. Each of them keeps a file in a directory of
 //! the user's, locked as long as it runs: who gets the lock knows that the owner is gone.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::unistd::geteuid;
 use serde_json::{Value, json};
+use stord_bridges::StateDirectory;
 use stord_qmp::Error;
 
 use crate::report::reason;
@@ -73,25 +73,17 @@ impl Found {
 
 /// A directory of entries.
 #[derive(Clone, Debug)]
-pub struct Registry(PathBuf);
+pub struct Registry(StateDirectory);
 
 impl Registry {
     /// The registry of the user who runs this process.
     pub fn of_user() -> Self {
-        let user = geteuid();
-        let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty());
-        Self(if user.is_root() {
-            PathBuf::from("/run/stord")
-        } else if let Some(runtime) = runtime {
-            Path::new(&runtime).join("stord")
-        } else {
-            std::env::temp_dir().join(format!("stord-{user}"))
-        })
+        Self(StateDirectory::of_user())
     }
 
     /// Where the process of an entry can be talked to.
     pub fn socket_of(&self, pid: u32) -> PathBuf {
-        self.0.join(format!("{pid}.sock"))
+        self.0.path().join(format!("{pid}.sock"))
     }
 
     /// Makes an entry of this process.
@@ -103,19 +95,19 @@ impl Registry {
             let reason = reason(&error);
             Error::generic(format!(
                 "cannot note the mount in '{}': {reason}",
-                self.0.display()
+                self.0.path().display()
             ))
             .with_source(error)
         })
     }
 
     fn try_register(&self, entry: &Entry) -> io::Result<Registered> {
-        let path = self.0.join(format!("{}.json", entry.pid));
-        let unfinished = self.0.join(format!("{}.new", entry.pid));
+        let path = self.0.path().join(format!("{}.json", entry.pid));
+        let unfinished = self.0.path().join(format!("{}.new", entry.pid));
         let mut mode = OpenOptions::new();
         mode.write(true).create(true).truncate(true).mode(0o600);
         let file = loop {
-            self.make_directory()?;
+            self.0.create()?;
             match mode.open(&unfinished) {
                 // Another stord has removed the directory with its last entry.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -136,26 +128,12 @@ impl Registry {
     /// # Errors
     /// It cannot be made, or belongs to another user.
     pub fn directory(&self) -> io::Result<&Path> {
-        self.make_directory()?;
-        Ok(&self.0)
-    }
-
-    /// Makes the directory, or checks that nobody else could have made it for us.
-    fn make_directory(&self) -> io::Result<()> {
-        match DirBuilder::new().mode(0o700).create(&self.0) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            result => return result,
-        }
-        let found = fs::symlink_metadata(&self.0)?;
-        if found.is_dir() && found.uid() == geteuid().as_raw() {
-            return Ok(());
-        }
-        Err(io::Error::other("it belongs to another user"))
+        self.0.create()
     }
 
     /// Every entry that can be read.
     pub fn list(&self) -> Vec<Found> {
-        let Ok(directory) = fs::read_dir(&self.0) else {
+        let Ok(directory) = fs::read_dir(self.0.path()) else {
             return Vec::new();
         };
         let paths = directory.filter_map(|item| Some(item.ok()?.path()));
@@ -218,7 +196,7 @@ mod tests {
     #[test]
     fn entry_is_alive_until_dropped() {
         let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry(dir.path().join("stord"));
+        let registry = Registry(StateDirectory::at(dir.path().join("stord")));
         assert!(registry.list().is_empty());
         let registered = registry.register(&entry()).expect("a directory of ours");
         for target in ["/mnt/a", "/images/a b"] {
@@ -235,20 +213,20 @@ mod tests {
     #[test]
     fn directory_goes_with_the_last_entry() {
         let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry(dir.path().join("stord"));
+        let registry = Registry(StateDirectory::at(dir.path().join("stord")));
         let first = registry.register(&entry()).expect("a directory of ours");
         let other = Entry { pid: 1, ..entry() };
         let second = registry.register(&other).expect("a directory of ours");
         drop(first);
-        assert!(registry.0.exists());
+        assert!(registry.0.path().exists());
         drop(second);
-        assert!(!registry.0.exists());
+        assert!(!registry.0.path().exists());
     }
 
     #[test]
     fn entry_of_a_dead_process_is_told_and_removed() {
         let dir = tempfile::tempdir().expect("a directory");
-        let registry = Registry(dir.path().to_path_buf());
+        let registry = Registry(StateDirectory::at(dir.path()));
         let path = dir.path().join("1.json");
         fs::write(&path, encode(&entry()).to_string()).expect("writable");
         fs::write(dir.path().join("2.json"), "{}").expect("writable");

@@ -418,8 +418,8 @@ impl Export for FuseExport {
     }
 
     /// Whoever has the file open finds it gone, in either mode, as in the reference.
-    fn is_in_use(&self) -> bool {
-        false
+    fn is_in_use(&self) -> LocalFuture<'_, bool> {
+        Box::pin(std::future::ready(false))
     }
 
     fn shut_down(&self) -> LocalFuture<'_> {

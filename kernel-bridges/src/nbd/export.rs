@@ -213,8 +213,8 @@ impl NbdExport {
 }
 
 impl Export for NbdExport {
-    fn is_in_use(&self) -> bool {
-        !self.clients.borrow().is_empty()
+    fn is_in_use(&self) -> LocalFuture<'_, bool> {
+        Box::pin(std::future::ready(!self.clients.borrow().is_empty()))
     }
 
     fn shut_down(&self) -> LocalFuture<'_> {

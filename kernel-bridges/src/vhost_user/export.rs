@@ -156,8 +156,8 @@ fn is_connected(socket: &Socket) -> bool {
 
 impl Export for VhostUserExport {
     /// A front end keeps nobody from removing the export in either mode, as in the reference.
-    fn is_in_use(&self) -> bool {
-        false
+    fn is_in_use(&self) -> LocalFuture<'_, bool> {
+        Box::pin(std::future::ready(false))
     }
 
     fn shut_down(&self) -> LocalFuture<'_> {

@@ -36,9 +36,11 @@ impl World {
         let deleted = Rc::new(RefCell::new(Vec::new()));
         let notify = Rc::new(Notify::new());
         let (ids, note) = (Rc::clone(&deleted), Rc::clone(&notify));
-        let events = move |ExportEvent::Deleted { id }| {
-            ids.borrow_mut().push(id);
-            note.notify_one();
+        let events = move |event| {
+            if let ExportEvent::Deleted { id } = event {
+                ids.borrow_mut().push(id);
+                note.notify_one();
+            }
         };
         let registry = ExportRegistry::new(Rc::clone(&graph), contexts, events);
         Self {

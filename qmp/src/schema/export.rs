@@ -53,6 +53,8 @@ pub enum BlockExportKind {
     VhostUserBlk(BlockExportOptionsVhostUserBlk),
     /// A regular file in a file system of its own.
     Fuse(BlockExportOptionsFuse),
+    /// A disk of this machine, `/dev/vdX`.
+    VduseBlk(BlockExportOptionsVduseBlk),
 }
 
 /// Options of an NBD export.
@@ -121,6 +123,37 @@ impl BlockExportOptionsFuse {
     }
 }
 
+/// Options of a VDUSE export.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockExportOptionsVduseBlk {
+    /// The device's name in `/dev/vduse` and on the vdpa bus.
+    pub name: String,
+    /// How many queues the disk has; default 1.
+    pub num_queues: Option<u16>,
+    /// How many entries a queue has, a power of two from 2 to 1024; default 256.
+    pub queue_size: Option<u16>,
+    /// The size of the disk's blocks in bytes, a power of two from 512 to 2097152; default 512.
+    pub logical_block_size: Option<u64>,
+    /// The disk's serial number, of which 20 bytes count; default empty.
+    pub serial: Option<String>,
+    /// Whether the device is put on the vdpa bus, and taken off it at the end; default off.
+    pub attach: Option<bool>,
+}
+
+impl BlockExportOptionsVduseBlk {
+    /// A device of that name, everything else by default.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            num_queues: None,
+            queue_size: None,
+            logical_block_size: None,
+            serial: None,
+            attach: None,
+        }
+    }
+}
+
 /// Whether other users may access a FUSE export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Qapi)]
 pub enum FuseExportAllowOther {
@@ -141,6 +174,8 @@ pub enum BlockExportType {
     VhostUserBlk,
     /// A regular file in a file system of its own.
     Fuse,
+    /// A disk of this machine, `/dev/vdX`.
+    VduseBlk,
 }
 
 /// An export, as `query-block-exports` reports it.
@@ -154,6 +189,8 @@ pub struct BlockExportInfo {
     pub node_name: String,
     /// Whether it is going away and waits for its last user.
     pub shutting_down: bool,
+    /// The block device of this machine that it is.
+    pub device: Option<String>,
 }
 
 /// What becomes of an export's users when it is removed.
@@ -172,6 +209,16 @@ pub struct BlockExportDel {
     pub id: String,
     /// What becomes of its users; default `safe`.
     pub mode: Option<BlockExportRemoveMode>,
+}
+
+/// Event: an export has become a block device of this machine.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+#[qapi(event = "BLOCK_EXPORT_ATTACHED")]
+pub struct BlockExportAttached {
+    /// The export's id.
+    pub id: String,
+    /// The block device's path, such as `/dev/vda`.
+    pub device: String,
 }
 
 /// Event: an export is gone and its id is free.
