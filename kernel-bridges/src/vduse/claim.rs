@@ -142,7 +142,7 @@ fn set_up(
     for queue in 0..description.queues {
         device.set_up_queue(queue.into(), description.queue_size)?;
     }
-    record.begin(device.name(), description)?;
+    record.begin(description)?;
     record.queues(description)
 }
 
@@ -166,7 +166,7 @@ fn adopt(
             "the kernel uses device '{name}' with features that it was not offered; remove it with 'vdpa dev del {name}'"
         )));
     }
-    let known = record.read(name).map_err(io_failed)?;
+    let known = record.read().map_err(io_failed)?;
     let starts = starts(device, wanted).map_err(io_failed)?;
     let Some(known) = known else {
         if starts.iter().any(|start| start.under_way > 0) {
@@ -175,7 +175,7 @@ fn adopt(
                 record.path().display()
             )));
         }
-        record.begin(name, wanted).map_err(io_failed)?;
+        record.begin(wanted).map_err(io_failed)?;
         let queues = record.queues(wanted).map_err(io_failed)?;
         return Ok((queues, starts.iter().map(|start| start.next).collect()));
     };
@@ -191,7 +191,7 @@ fn adopt(
         )));
     }
     let queues = record.queues(wanted).map_err(io_failed)?;
-    record.describe(name, wanted).map_err(io_failed)?;
+    record.describe(wanted).map_err(io_failed)?;
     Ok((queues, starts.iter().map(|start| start.next).collect()))
 }
 

@@ -203,7 +203,7 @@ impl Controller {
         let mut description = self.description.borrow_mut();
         description.size = self.disk.backend().size();
         if let Some(record) = &*self.record.borrow()
-            && let Err(error) = record.describe(self.device.name(), &description)
+            && let Err(error) = record.describe(&description)
         {
             tracing::warn!(%error, device = %self.device.name(), "the new size is not noted");
         }

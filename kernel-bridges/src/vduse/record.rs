@@ -109,8 +109,8 @@ struct Incarnation {
 }
 
 impl Incarnation {
-    fn of(name: &DeviceName) -> io::Result<Self> {
-        let found = fs::symlink_metadata(Device::path_of(name))?;
+    fn of(node: &Path) -> io::Result<Self> {
+        let found = fs::symlink_metadata(node)?;
         Ok(Self {
             device: found.rdev(),
             inode: found.ino(),
@@ -121,6 +121,8 @@ impl Incarnation {
 /// The file of one device, locked.
 pub(super) struct Record {
     path: PathBuf,
+    /// The device's file in /dev.
+    node: PathBuf,
     file: Flock<File>,
 }
 
@@ -130,6 +132,10 @@ impl Record {
     /// # Errors
     /// `ResourceBusy` while another daemon has it; `PermissionDenied` where somebody else could have made or changed it.
     pub(super) fn open(directory: &StateDirectory, name: &DeviceName) -> io::Result<Self> {
+        Self::open_for(directory, name, Device::path_of(name))
+    }
+
+    fn open_for(directory: &StateDirectory, name: &DeviceName, node: PathBuf) -> io::Result<Self> {
         loop {
             let path = directory.create_inside(DIRECTORY)?.join(name.as_str());
             let opened = OpenOptions::new()
@@ -156,7 +162,7 @@ impl Record {
             let held = file.metadata()?;
             match fs::symlink_metadata(&path) {
                 Ok(there) if (there.dev(), there.ino()) == (held.dev(), held.ino()) => {
-                    return Ok(Self { path, file });
+                    return Ok(Self { path, node, file });
                 }
                 _ => {}
             }
@@ -171,7 +177,7 @@ impl Record {
     ///
     /// # Errors
     /// It cannot be read.
-    pub(super) fn read(&self, name: &DeviceName) -> io::Result<Option<Description>> {
+    pub(super) fn read(&self) -> io::Result<Option<Description>> {
         let mut bytes = vec![0; usize::try_from(HEADER).expect("small")];
         let length = match self.file.read_at(&mut bytes, 0)? {
             0 => return Ok(None),
@@ -184,7 +190,7 @@ impl Record {
             return Ok(None);
         };
         let is_whole = self.file.metadata()?.len() >= length_for(&description);
-        let is_current = Incarnation::of(name)? == incarnation;
+        let is_current = Incarnation::of(&self.node)? == incarnation;
         Ok((is_whole && is_current).then_some(description))
     }
 
@@ -192,18 +198,18 @@ impl Record {
     ///
     /// # Errors
     /// There is no room.
-    pub(super) fn begin(&self, name: &DeviceName, description: &Description) -> io::Result<()> {
+    pub(super) fn begin(&self, description: &Description) -> io::Result<()> {
         self.file.set_len(0)?;
         self.file.set_len(length_for(description))?;
-        self.describe(name, description)
+        self.describe(description)
     }
 
     /// Replaces the description.
     ///
     /// # Errors
     /// It cannot be written.
-    pub(super) fn describe(&self, name: &DeviceName, description: &Description) -> io::Result<()> {
-        let incarnation = Incarnation::of(name)?;
+    pub(super) fn describe(&self, description: &Description) -> io::Result<()> {
+        let incarnation = Incarnation::of(&self.node)?;
         let mut bytes = description.encode(&incarnation).to_string().into_bytes();
         let room = usize::try_from(HEADER).expect("small");
         if bytes.len() >= room {
@@ -260,4 +266,158 @@ fn check_owner(file: &File) -> io::Result<()> {
         io::ErrorKind::PermissionDenied,
         "it belongs to somebody else, or others may write to it",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    struct Place {
+        dir: TempDir,
+        name: DeviceName,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let dir = TempDir::new().expect("a directory");
+            fs::write(dir.path().join("node"), "").expect("writable");
+            let name = "disk".parse().expect("a good name");
+            Self { dir, name }
+        }
+
+        fn state(&self) -> StateDirectory {
+            StateDirectory::at(self.dir.path().join("stord"))
+        }
+
+        fn file(&self) -> PathBuf {
+            self.state().path().join("vduse/disk")
+        }
+
+        fn open(&self) -> io::Result<Record> {
+            Record::open_for(&self.state(), &self.name, self.dir.path().join("node"))
+        }
+    }
+
+    fn description() -> Description {
+        Description {
+            image: "/images/a.qcow2".into(),
+            size: 1 << 30,
+            queues: 2,
+            queue_size: 256,
+            logical_block_size: 512,
+            serial: "s".into(),
+            writable: true,
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_read_by_the_next() {
+        let place = Place::new();
+        let record = place.open().expect("new");
+        assert_eq!(record.read().expect("readable"), None);
+        record.begin(&description()).expect("room");
+        assert_eq!(record.queues(&description()).expect("room").len(), 2);
+        drop(record);
+        let record = place.open().expect("there");
+        assert_eq!(record.read().expect("readable"), Some(description()));
+        record.remove();
+        assert!(!place.state().path().exists());
+    }
+
+    #[test]
+    fn a_record_of_an_earlier_device_of_that_name_says_nothing() {
+        let place = Place::new();
+        let record = place.open().expect("new");
+        record.begin(&description()).expect("room");
+        // Another file, while the first is still there, so that its number is another.
+        fs::write(place.dir.path().join("other"), "").expect("writable");
+        fs::rename(
+            place.dir.path().join("other"),
+            place.dir.path().join("node"),
+        )
+        .expect("ours");
+        assert_eq!(record.read().expect("readable"), None);
+    }
+
+    #[test]
+    fn damaged_records_say_nothing() {
+        let place = Place::new();
+        let record = place.open().expect("new");
+        record.begin(&description()).expect("room");
+        let whole = fs::read(place.file()).expect("readable");
+        for damage in [
+            &b""[..],
+            b"{",
+            b"{}",
+            b"nonsense",
+            &whole[..9000],
+            &[0; 9000],
+        ] {
+            fs::write(place.file(), damage).expect("ours");
+            assert_eq!(
+                record.read().expect("readable"),
+                None,
+                "{} bytes",
+                damage.len()
+            );
+        }
+        let later = String::from_utf8_lossy(&whole).replace("\"version\":1", "\"version\":2");
+        fs::write(place.file(), later).expect("ours");
+        assert_eq!(record.read().expect("readable"), None);
+    }
+
+    #[test]
+    fn a_record_is_used_by_one_process_at_a_time() {
+        let place = Place::new();
+        let held = place.open().expect("new");
+        let refused = place.open().err().expect("it is held");
+        assert_eq!(refused.kind(), io::ErrorKind::ResourceBusy);
+        drop(held);
+        assert!(place.open().is_ok());
+    }
+
+    #[test]
+    fn what_others_may_have_made_is_not_used() {
+        let place = Place::new();
+        place.state().create_inside(DIRECTORY).expect("ours");
+        let target = place.dir.path().join("target");
+        fs::write(&target, "").expect("writable");
+        symlink(&target, place.file()).expect("writable");
+        assert!(place.open().is_err(), "a link");
+        fs::remove_file(place.file()).expect("ours");
+        fs::hard_link(&target, place.file()).expect("writable");
+        assert!(place.open().is_err(), "a file with two names");
+        fs::remove_file(&target).expect("ours");
+        fs::set_permissions(place.file(), fs::Permissions::from_mode(0o666)).expect("ours");
+        let refused = place.open().err().expect("others may write to it");
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        if nix::unistd::geteuid().is_root() {
+            fs::set_permissions(place.file(), fs::Permissions::from_mode(0o600)).expect("ours");
+            std::os::unix::fs::chown(place.file(), Some(65534), None).expect("root may");
+            let refused = place.open().err().expect("somebody else's");
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        }
+    }
+
+    #[test]
+    fn the_first_difference_is_told_by_its_name() {
+        let wanted = Description {
+            queues: 4,
+            size: 2 << 30,
+            ..description()
+        };
+        let difference = description().difference(&wanted);
+        let expected = ("num-queues", "2".to_owned(), "4".to_owned());
+        assert_eq!(difference, Some(expected));
+        // A disk may get another size.
+        let grown = Description {
+            size: 2 << 30,
+            ..description()
+        };
+        assert_eq!(description().difference(&grown), None);
+    }
 }
