@@ -1,5 +1,6 @@
 //! A device's way onto the vdpa bus, and off it, and the block device that comes of it.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,26 +22,39 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// # Errors
 /// The kernel refuses, or no driver makes a block device of it. It is not on the bus then, unless it was before.
 pub(super) async fn attach(name: &DeviceName) -> Result<String, Error> {
-    let was_there = vdpa::is_present(name);
-    if !was_there {
-        check_driver()?;
-        let added = name.clone();
-        let added = pool::run(move || vdpa::add(vdpa::VDUSE, &added)).await;
-        added.map_err(|error| {
-            let hint = (error.kind() == std::io::ErrorKind::PermissionDenied)
-                .then_some("it needs root, or the capability CAP_NET_ADMIN");
-            let error = Error::generic(format!("Failed to add '{name}' to the vdpa bus: {error}"));
-            match hint {
-                Some(hint) => error.with_hint(hint),
-                None => error,
+    let mut was_added = false;
+    loop {
+        if !vdpa::is_present(name) {
+            check_driver()?;
+            add(name).await?;
+            was_added = true;
+        }
+        match wait_for_disk(name).await {
+            Ok(Some(disk)) => return Ok(disk),
+            // Somebody was about to take it off when a daemon died: it has gone now.
+            Ok(None) => {}
+            Err(error) => {
+                if was_added {
+                    let _ = detach(name).await;
+                }
+                return Err(error);
             }
-        })?;
+        }
     }
-    let found = wait_for_disk(name).await;
-    if found.is_err() && !was_there {
-        let _ = detach(name).await;
-    }
-    found
+}
+
+async fn add(name: &DeviceName) -> Result<(), Error> {
+    let added = name.clone();
+    let added = pool::run(move || vdpa::add(vdpa::VDUSE, &added)).await;
+    added.map_err(|error| {
+        let is_refused = error.kind() == io::ErrorKind::PermissionDenied;
+        let error = Error::generic(format!("Failed to add '{name}' to the vdpa bus: {error}"));
+        if is_refused {
+            error.with_hint("it needs root, or the capability CAP_NET_ADMIN")
+        } else {
+            error
+        }
+    })
 }
 
 fn check_driver() -> Result<(), Error> {
@@ -56,11 +70,15 @@ fn no_driver() -> Error {
     )
 }
 
-async fn wait_for_disk(name: &DeviceName) -> Result<String, Error> {
+/// `None` if it is not on the bus any more.
+async fn wait_for_disk(name: &DeviceName) -> Result<Option<String>, Error> {
     let begun = Instant::now();
     loop {
+        if !vdpa::is_present(name) {
+            return Ok(None);
+        }
         if let Some(path) = disk(name) {
-            return Ok(path);
+            return Ok(Some(path));
         }
         match vdpa::driver(name) {
             Some(driver) if driver != DRIVER => {

@@ -24,8 +24,15 @@ pub(super) struct Claim {
     pub(super) device: Arc<Device>,
     pub(super) record: Record,
     pub(super) queues: Vec<InFlight>,
-    /// Where to go on, by queue, in a device that another daemon served before.
-    pub(super) adopted: Option<Vec<u16>>,
+    pub(super) adopted: Option<Adopted>,
+}
+
+/// What is to be known of a device that another daemon served before.
+pub(super) struct Adopted {
+    /// Where to go on, by queue: the next entry of the available ring if nothing is under way.
+    pub(super) starts: Vec<u16>,
+    /// The disk has another length than its driver knows, or may have.
+    pub(super) is_resized: bool,
 }
 
 /// The features that a VDUSE device of this disk offers.
@@ -85,12 +92,12 @@ pub(super) fn claim(
                 failed(format!("cannot set it up: {}", Error::reason(&error)))
             });
     }
-    let (queues, starts) = adopt(&device, &record, description, disk)?;
+    let (queues, adopted) = adopt(&device, &record, description, disk)?;
     Ok(Claim {
         device: Arc::new(device),
         record,
         queues,
-        adopted: Some(starts),
+        adopted: Some(adopted),
     })
 }
 
@@ -152,7 +159,7 @@ fn adopt(
     record: &Record,
     wanted: &Description,
     disk: &Disk,
-) -> Result<(Vec<InFlight>, Vec<u16>), Error> {
+) -> Result<(Vec<InFlight>, Adopted), Error> {
     let name = device.name();
     let io_failed = |error: io::Error| failed(Error::reason(&error));
     if device.is_broken().map_err(io_failed)? {
@@ -177,7 +184,11 @@ fn adopt(
         }
         record.begin(wanted).map_err(io_failed)?;
         let queues = record.queues(wanted).map_err(io_failed)?;
-        return Ok((queues, starts.iter().map(|start| start.next).collect()));
+        let adopted = Adopted {
+            starts: starts.iter().map(|start| start.next).collect(),
+            is_resized: true,
+        };
+        return Ok((queues, adopted));
     };
     if let Some((member, was, is)) = known.difference(wanted) {
         return Err(failed(format!(
@@ -192,7 +203,11 @@ fn adopt(
     }
     let queues = record.queues(wanted).map_err(io_failed)?;
     record.describe(wanted).map_err(io_failed)?;
-    Ok((queues, starts.iter().map(|start| start.next).collect()))
+    let adopted = Adopted {
+        starts: starts.iter().map(|start| start.next).collect(),
+        is_resized: wanted.size != known.size,
+    };
+    Ok((queues, adopted))
 }
 
 /// Where a queue stands.

@@ -14,6 +14,7 @@ use stord_sockets::Polled;
 use tokio::io::Interest;
 use vduse::{Device, Message, MessageId, QueueState, Request, Response, STATUS_DRIVER_OK};
 
+use super::claim::Adopted;
 use super::queues::Queues;
 use super::record::{Description, Record};
 use crate::virtio::blk::disk::Disk;
@@ -74,13 +75,15 @@ impl Controller {
     ///
     /// # Errors
     /// The queues cannot be served.
-    pub(super) fn resume(&self, starts: &[u16]) -> io::Result<()> {
+    pub(super) fn resume(&self, adopted: &Adopted) -> io::Result<()> {
         if self.device.features()? == 0 {
             // No driver has chosen its features yet: it will.
             return Ok(());
         }
-        self.queues.start(Some(starts))?;
-        self.update_config();
+        self.queues.start(Some(&adopted.starts))?;
+        if adopted.is_resized {
+            self.update_config();
+        }
         Ok(())
     }
 

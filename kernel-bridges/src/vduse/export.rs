@@ -121,7 +121,7 @@ impl VduseExport {
             forced: Cell::new(false),
         });
         let resumed = match &adopted {
-            Some(starts) => controller.resume(starts),
+            Some(adopted) => controller.resume(adopted),
             None => Ok(()),
         };
         let ended = export.serve(controller, resizes);
@@ -182,7 +182,7 @@ impl Export for VduseExport {
     /// As long as the device is on the bus, unless it was put there by us and nobody has mounted it.
     fn is_in_use(&self) -> LocalFuture<'_, bool> {
         Box::pin(async {
-            vdpa::is_present(&self.name) && !(self.attach && !bus::is_disk_in_use(&self.name).await)
+            vdpa::is_present(&self.name) && (!self.attach || bus::is_disk_in_use(&self.name).await)
         })
     }
 
