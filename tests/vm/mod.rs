@@ -51,6 +51,6 @@ fn pass_in_vm(tests: &[&str]) {
 }
 
 #[test]
-fn the_machine_boots() {
-    pass_in_vm(&["boots"]);
+fn kernel_nbd_device_works() {
+    pass_in_vm(&["boots", "nbd-device"]);
 }
