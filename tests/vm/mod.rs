@@ -54,3 +54,13 @@ fn pass_in_vm(tests: &[&str]) {
 fn kernel_nbd_device_works() {
     pass_in_vm(&["boots", "nbd-device"]);
 }
+
+#[test]
+fn vduse_disks_work() {
+    pass_in_vm(&["vduse-space", "vduse-shapes", "vduse-files"]);
+}
+
+#[test]
+fn vduse_disks_outlive_their_daemon() {
+    pass_in_vm(&["vduse-attach", "vduse-recovery"]);
+}
