@@ -1,5 +1,6 @@
 # vduse-blk with all kinds of queues and block sizes: the device has them, and its content is the image's, both ways.
 # vm-seconds: 300
+# vm-cpus: 4
 . /tests/functions.sh
 . /tests/vduse.sh
 
