@@ -17,6 +17,7 @@ mod objects;
 mod pidfile;
 mod presence;
 mod ps;
+mod remote;
 mod report;
 mod serve;
 mod subcommand;

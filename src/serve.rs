@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use stord_qmp::Error;
+use stord_qmp::schema::block::BlockdevOptions;
 use stord_qmp::schema::export::{
     BlockExportKind, BlockExportOptions, BlockExportOptionsNbd, BlockExportOptionsVhostUserBlk,
 };
@@ -19,8 +20,9 @@ use stord_qmp::schema::socket::{
 use crate::daemon::{Daemon, run_local};
 use crate::daemonize::Background;
 use crate::mount::guess::{self, Format};
-use crate::mount::image_options;
+use crate::mount::{disk_options, image_options};
 use crate::notify;
+use crate::remote;
 use crate::report::{self, Origin};
 
 const NODE: &str = "image";
@@ -30,7 +32,7 @@ const NBD_PORT: &str = "10809";
 /// Let others have a disk image, over the network or as the disk of a virtual machine.
 #[derive(Clone, Debug, Args)]
 pub struct ServeArgs {
-    /// The disk image, a file or a block device
+    /// The disk image, a file or a block device, or the URI of another NBD export
     image: PathBuf,
     /// Where the NBD server listens: unix:PATH, HOST:PORT, HOST, :PORT or vsock:CID:PORT [default:
     /// unix:IMAGE.nbd]
@@ -103,21 +105,13 @@ async fn serve(args: &ServeArgs, background: Option<Background>) -> Result<(), E
 }
 
 async fn start(daemon: &Daemon, args: &ServeArgs, place: &Place) -> Result<(), Error> {
-    let shown = args.image.display();
-    let failed = |error| Error::os(format!("cannot open '{shown}'"), error);
-    let path = fs::canonicalize(&args.image).map_err(failed)?;
-    let kind = fs::metadata(&path).map_err(failed)?.file_type();
-    let format = match args.format {
-        Some(format) => format,
-        None => {
-            let file = File::open(&path).map_err(failed)?;
-            let size = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0));
-            guess::guess(&args.image, &file, size.map_err(failed)?)?
-        }
+    let image = if remote::is_remote(&args.image) {
+        let driver = remote::driver(&args.image, daemon.objects.credentials())?;
+        let format = args.format.unwrap_or(Format::Raw);
+        disk_options(driver, format, args.read_only)
+    } else {
+        local(args)?
     };
-    let text = path.to_str();
-    let text = text.ok_or_else(|| Error::generic(format!("'{shown}' is not valid UTF-8")))?;
-    let image = image_options(text, kind.is_block_device(), format, args.read_only);
     daemon.graph.blockdev_add(image.named(NODE)).await?;
     let export = match place {
         Place::Nbd(address) => {
@@ -156,8 +150,37 @@ async fn start_nbd_server(daemon: &Daemon, address: &SocketAddressKind) -> Resul
     daemon.exports.nbd_server_start(server, credentials).await
 }
 
+/// How an image of this machine is opened.
+fn local(args: &ServeArgs) -> Result<BlockdevOptions, Error> {
+    let shown = args.image.display();
+    let failed = |error| Error::os(format!("cannot open '{shown}'"), error);
+    let path = fs::canonicalize(&args.image).map_err(failed)?;
+    let kind = fs::metadata(&path).map_err(failed)?.file_type();
+    let format = match args.format {
+        Some(format) => format,
+        None => {
+            let file = File::open(&path).map_err(failed)?;
+            let size = std::io::Seek::seek(&mut &file, std::io::SeekFrom::End(0));
+            guess::guess(&args.image, &file, size.map_err(failed)?)?
+        }
+    };
+    let text = path.to_str();
+    let text = text.ok_or_else(|| Error::generic(format!("'{shown}' is not valid UTF-8")))?;
+    Ok(image_options(
+        text,
+        kind.is_block_device(),
+        format,
+        args.read_only,
+    ))
+}
+
 /// The socket beside an image.
 fn beside(image: &Path) -> Result<SocketAddressKind, Error> {
+    if remote::is_remote(image) {
+        return Err(
+            Error::generic("no address is given").with_hint("Say where to listen: --nbd ADDR")
+        );
+    }
     let mut path = image.to_path_buf().into_os_string();
     path.push(".nbd");
     let path = absolute(Path::new(&path));

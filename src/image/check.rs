@@ -47,7 +47,7 @@ enum What {
 /// Checks, and returns the exit status.
 pub fn run(args: &CheckArgs) -> ExitCode {
     super::run(async |contexts, graph| {
-        let subject = Subject::look_at(&args.file, args.format)?;
+        let subject = Subject::look_at(&graph, &args.file, args.format)?;
         let shown = args.file.display();
         if subject.format == Format::Raw {
             crate::report::Origin::none().error(&Error::generic(format!(
@@ -60,7 +60,7 @@ pub fn run(args: &CheckArgs) -> ExitCode {
             Some(What::Leaks) => (Repair::Leaks, Mode::WRITE),
             Some(What::All) => (Repair::All, Mode::WRITE),
         };
-        graph.blockdev_add(subject.file_options(mode)?).await?;
+        graph.blockdev_add(subject.file_options(mode)).await?;
         let mut permissions = Permissions::CONSISTENT_READ;
         if mode.writable {
             permissions |= Permissions::WRITABLE | Permissions::RESIZE;

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 use stord_aio::{Errno, IoBuffer, IoVec, join_all};
+use stord_block::driver::ZeroFlags;
 use stord_block::graph::Claim;
 use stord_block::{Backend, Contexts, Detail, Graph, Permissions};
 use stord_qmp::{Error, from_json};
@@ -18,6 +19,7 @@ use super::create::{self, CreateArgs, Place};
 use super::{IMAGE, Mode, Subject};
 use crate::mount::guess::Format;
 use crate::mount::size_text;
+use crate::remote;
 
 /// Bytes that a worker takes at a time: no cluster is larger.
 const PART: u64 = 2 << 20;
@@ -35,9 +37,9 @@ const COPY: &str = "copy";
 /// image are not copied.
 #[derive(Clone, Debug, Args)]
 pub struct ConvertArgs {
-    /// The image to copy
+    /// The image to copy: a file, a block device, or the URI of an NBD export
     source: PathBuf,
-    /// The file to make
+    /// The file to make, or the URI of an NBD export to fill
     target: PathBuf,
     /// The format of the copy [default: qcow2, unless its name ends in .raw or .img]
     #[arg(short = 'O', long, value_name = "FORMAT")]
@@ -65,7 +67,12 @@ pub fn run(args: &ConvertArgs) -> ExitCode {
             error.context(format!("cannot convert '{from}' to '{to}'"))
         })?;
         let (shown, size) = (args.target.display(), size_text(bytes));
-        println!("Made '{shown}' ({}, {size}).", format.name());
+        let done = if remote::is_remote(&args.target) {
+            "Filled"
+        } else {
+            "Made"
+        };
+        println!("{done} '{shown}' ({}, {size}).", format.name());
         Ok(ExitCode::SUCCESS)
     })
 }
@@ -75,7 +82,10 @@ async fn convert(
     graph: &Graph,
     args: &ConvertArgs,
 ) -> Result<(Format, u64), Error> {
-    let subject = Subject::look_at(&args.source, args.format)?;
+    let subject = Subject::look_at(graph, &args.source, args.format)?;
+    if remote::is_remote(&args.target) {
+        return fill(contexts, graph, args, &subject).await;
+    }
     let place = Place::look_at(&args.target, args.force)?;
     let is_itself =
         fs::metadata(&args.source).is_ok_and(|source| place.is_file((source.dev(), source.ino())));
@@ -89,14 +99,7 @@ async fn convert(
     {
         return Err(Error::generic("copies with a data file are not made"));
     }
-    graph
-        .blockdev_add(subject.options(Mode::READ, false)?)
-        .await?;
-    let reading = Claim {
-        permissions: Permissions::CONSISTENT_READ,
-        shared: Permissions::CONSISTENT_READ | Permissions::WRITE_UNCHANGED,
-    };
-    let source = graph.attach(IMAGE, "convert", reading).await?;
+    let source = open_source(graph, &subject).await?;
     let creation = CreateArgs {
         file: args.target.clone(),
         size: Some(source.size().to_string()),
@@ -139,9 +142,81 @@ async fn convert(
     graph.detach(target).await;
     copied
         .map_err(|gone| Error::generic(gone.to_string()))?
-        .map_err(|(offset, errno)| Error::os(format!("offset {offset:#x}"), errno))?;
+        .map_err(at)?;
     graph.blockdev_del(COPY).await?;
     Ok((format, made.put_in_place()?))
+}
+
+fn at((offset, errno): (u64, Errno)) -> Error {
+    Error::os(format!("offset {offset:#x}"), errno)
+}
+
+async fn open_source(graph: &Graph, subject: &Subject) -> Result<Backend, Error> {
+    graph
+        .blockdev_add(subject.options(Mode::READ, false))
+        .await?;
+    let reading = Claim {
+        permissions: Permissions::CONSISTENT_READ,
+        shared: Permissions::CONSISTENT_READ | Permissions::WRITE_UNCHANGED,
+    };
+    graph.attach(IMAGE, "convert", reading).await
+}
+
+/// Copies into an export of a server, which is a raw disk that is there already and has to be large enough.
+async fn fill(
+    contexts: &Contexts,
+    graph: &Graph,
+    args: &ConvertArgs,
+    subject: &Subject,
+) -> Result<(Format, u64), Error> {
+    let is_raw = args
+        .output_format
+        .is_none_or(|format| format == Format::Raw);
+    if !is_raw || args.compress || !args.option.is_empty() {
+        return Err(Error::generic(
+            "an export of a server is filled as a raw disk",
+        ));
+    }
+    if !args.force {
+        return Err(Error::generic("the export has a content already")
+            .with_hint("Say that it may be overwritten: --force"));
+    }
+    let source = open_source(graph, subject).await?;
+    let driver = remote::driver(&args.target, graph.credentials())?;
+    let disk = super::node(COPY, driver, Mode::WRITE);
+    graph.blockdev_add(disk).await?;
+    let writing = Claim {
+        permissions: Permissions::WRITE,
+        shared: Permissions::all(),
+    };
+    let target = graph.attach(COPY, "convert", writing).await?;
+    let (size, room) = (source.size(), target.size());
+    if size > room {
+        return Err(Error::generic(format!(
+            "the export has {room} bytes, and the image {size}"
+        )));
+    }
+    let copy = Copy {
+        source: source.clone(),
+        target: target.clone(),
+        unit: RAW_UNIT,
+        compress: false,
+    };
+    let filling = async move || {
+        let all = copy
+            .target
+            .write_zeroes(0, copy.target.size(), ZeroFlags::MAY_UNMAP);
+        all.await.map_err(|errno| (0, errno))?;
+        copy.all().await
+    };
+    let copied = contexts.main().run(filling).await;
+    graph.detach(source).await;
+    graph.detach(target).await;
+    copied
+        .map_err(|gone| Error::generic(gone.to_string()))?
+        .map_err(at)?;
+    graph.blockdev_del(COPY).await?;
+    Ok((Format::Raw, size))
 }
 
 /// A copy under way.

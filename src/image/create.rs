@@ -19,6 +19,7 @@ use super::replacement::{Replacement, exists_already};
 use super::{Mode, Subject, size, text_of};
 use crate::mount::guess::Format;
 use crate::mount::size_text;
+use crate::remote;
 use crate::report::reason;
 
 /// Make an image.
@@ -217,7 +218,8 @@ pub(super) async fn make(
     };
     if backing
         .as_ref()
-        .is_some_and(|backing| place.is_file(backing.identity))
+        .and_then(|backing| backing.identity)
+        .is_some_and(|identity| place.is_file(identity))
     {
         return Err(Error::generic("the image would lie behind itself"));
     }
@@ -341,8 +343,8 @@ struct Backing {
     format: Format,
     /// Bytes.
     size: u64,
-    /// Its file's device and inode number.
-    identity: (u64, u64),
+    /// Its file's device and inode number, if it is a file here.
+    identity: Option<(u64, u64)>,
 }
 
 /// What is to lie behind the image, as far as it can be opened.
@@ -350,11 +352,15 @@ async fn backing(graph: &Graph, args: &CreateArgs) -> Result<Option<Backing>, Er
     let Some(name) = &args.backing else {
         return Ok(None);
     };
-    let path = beside(args, name);
-    let subject = Subject::look_at(&path, args.backing_format)?;
+    let is_remote = remote::is_remote(Path::new(name));
+    let path = match is_remote {
+        true => PathBuf::from(name),
+        false => beside(args, name),
+    };
+    let subject = Subject::look_at(graph, &path, args.backing_format)?;
     let found = fs::metadata(&path);
     graph
-        .blockdev_add(subject.options(Mode::READ, false)?)
+        .blockdev_add(subject.options(Mode::READ, false))
         .await?;
     let nodes = graph.query_named_block_nodes(true).await?;
     let size = nodes
@@ -363,11 +369,15 @@ async fn backing(graph: &Graph, args: &CreateArgs) -> Result<Option<Backing>, Er
         .and_then(|node| u64::try_from(node.image.virtual_size).ok());
     graph.blockdev_del(super::IMAGE).await?;
     let gone = || Error::generic("the backing file has gone");
-    let found = found.map_err(|error| gone().with_source(error))?;
+    let identity = match found {
+        Ok(found) => Some((found.dev(), found.ino())),
+        Err(_) if is_remote => None,
+        Err(error) => return Err(gone().with_source(error)),
+    };
     Ok(Some(Backing {
         format: subject.format,
         size: size.ok_or_else(gone)?,
-        identity: (found.dev(), found.ino()),
+        identity,
     }))
 }
 

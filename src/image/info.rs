@@ -34,13 +34,13 @@ pub struct InfoArgs {
 /// Shows it, and returns the exit status.
 pub fn run(args: &InfoArgs) -> ExitCode {
     super::run(async |_, graph| {
-        let subject = Subject::look_at(&args.file, args.format)?;
+        let subject = Subject::look_at(&graph, &args.file, args.format)?;
         let mode = Mode {
             force_share: args.force_share,
             ..Mode::READ
         };
         graph
-            .blockdev_add(subject.options(mode, !args.backing_chain)?)
+            .blockdev_add(subject.options(mode, !args.backing_chain))
             .await?;
         let nodes = graph.query_named_block_nodes(false).await?;
         let top = nodes

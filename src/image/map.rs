@@ -48,12 +48,12 @@ pub struct MapArgs {
 pub fn run(args: &MapArgs) -> ExitCode {
     super::run(async |contexts, graph| {
         let shown = args.file.display();
-        let subject = Subject::look_at(&args.file, args.format)?;
+        let subject = Subject::look_at(&graph, &args.file, args.format)?;
         let mode = Mode {
             force_share: args.force_share,
             ..Mode::READ
         };
-        graph.blockdev_add(subject.options(mode, false)?).await?;
+        graph.blockdev_add(subject.options(mode, false)).await?;
         let claim = Claim {
             permissions: Permissions::CONSISTENT_READ,
             shared: Permissions::all(),

@@ -13,7 +13,7 @@ pub mod snapshot;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -26,6 +26,7 @@ use stord_qmp::schema::block::{
 
 use crate::daemon::run_local;
 use crate::mount::guess::{self, Format};
+use crate::remote;
 use crate::report::{Origin, reason};
 
 /// The node with the image's content.
@@ -35,8 +36,8 @@ const FILE: &str = "file";
 
 /// An image that exists, and its format.
 struct Subject {
-    path: PathBuf,
-    is_device: bool,
+    /// What opens its file.
+    file: BlockdevDriver,
     format: Format,
 }
 
@@ -59,7 +60,14 @@ impl Mode {
 }
 
 impl Subject {
-    fn look_at(path: &Path, format: Option<Format>) -> Result<Self, Error> {
+    /// Looks at a file, or at what a URI leads to: a disk, unless it is said to be something else.
+    fn look_at(graph: &Graph, path: &Path, format: Option<Format>) -> Result<Self, Error> {
+        if remote::is_remote(path) {
+            return Ok(Self {
+                file: remote::driver(path, graph.credentials())?,
+                format: format.unwrap_or(Format::Raw),
+            });
+        }
         let shown = path.display();
         let failed = |error: std::io::Error| {
             let reason = reason(&error);
@@ -79,26 +87,22 @@ impl Subject {
                 guess::guess(path, &file, size.map_err(failed)?)?
             }
         };
-        Ok(Self {
-            path: path.to_path_buf(),
-            is_device: kind.is_block_device(),
-            format,
-        })
-    }
-
-    fn file_options(&self, mode: Mode) -> Result<BlockdevOptions, Error> {
-        let file = BlockdevOptionsFile::new(text_of(&self.path)?);
-        let driver = if self.is_device {
+        let file = BlockdevOptionsFile::new(text_of(path)?);
+        let file = if kind.is_block_device() {
             BlockdevDriver::HostDevice(file)
         } else {
             BlockdevDriver::File(file)
         };
-        Ok(node(FILE, driver, mode))
+        Ok(Self { file, format })
+    }
+
+    fn file_options(&self, mode: Mode) -> BlockdevOptions {
+        node(FILE, self.file.clone(), mode)
     }
 
     /// The image over its file; without what lies behind it if `alone`.
-    fn options(&self, mode: Mode, alone: bool) -> Result<BlockdevOptions, Error> {
-        let file = BlockdevRef::Definition(Box::new(self.file_options(mode)?));
+    fn options(&self, mode: Mode, alone: bool) -> BlockdevOptions {
+        let file = BlockdevRef::Definition(Box::new(self.file_options(mode)));
         let driver = match self.format {
             Format::Raw => BlockdevDriver::Raw(BlockdevOptionsRaw::new(file)),
             Format::Qcow2 => {
@@ -107,7 +111,7 @@ impl Subject {
                 BlockdevDriver::Qcow2(qcow2)
             }
         };
-        Ok(node(IMAGE, driver, mode))
+        node(IMAGE, driver, mode)
     }
 }
 

@@ -61,9 +61,9 @@ impl Preallocation {
 pub fn run(args: &ResizeArgs) -> ExitCode {
     super::run(async |_, graph| {
         let shown = args.file.display();
-        let subject = Subject::look_at(&args.file, args.format)?;
+        let subject = Subject::look_at(&graph, &args.file, args.format)?;
         graph
-            .blockdev_add(subject.options(Mode::WRITE, false)?)
+            .blockdev_add(subject.options(Mode::WRITE, false))
             .await?;
         let claim = Claim {
             permissions: Permissions::CONSISTENT_READ,

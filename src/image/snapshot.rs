@@ -111,7 +111,7 @@ async fn act(graph: &Graph, action: &Action) -> Result<(), Error> {
 }
 
 async fn open(graph: &Graph, file: &std::path::Path, mode: Mode) -> Result<(), Error> {
-    let subject = Subject::look_at(file, None)?;
+    let subject = Subject::look_at(graph, file, None)?;
     if subject.format == Format::Raw {
         return Err(Error::generic(format!(
             "'{}' is a raw image, and those have no snapshots",
@@ -119,7 +119,7 @@ async fn open(graph: &Graph, file: &std::path::Path, mode: Mode) -> Result<(), E
         )));
     }
     // What lies behind the image does not matter here.
-    graph.blockdev_add(subject.options(mode, true)?).await
+    graph.blockdev_add(subject.options(mode, true)).await
 }
 
 /// The one snapshot that has this name or this id.

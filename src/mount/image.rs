@@ -13,17 +13,18 @@ use stord_qmp::Error;
 use super::guess::{self, Format};
 use super::registry::Registry;
 use super::{MountArgs, mountpoint};
+use crate::remote;
 use crate::report::reason;
 
 /// An image that exists, and how it is to be opened.
 pub struct Image {
-    /// Its path without symbolic links.
+    /// Its path without symbolic links, or its URI.
     pub path: PathBuf,
     /// Whether it is a block device.
     pub is_device: bool,
     /// How it is opened.
     pub format: Format,
-    /// Leads to it whatever its path leads to later.
+    /// Leads to it whatever its path leads to later, unless it is at a server.
     pub handle: OwnedFd,
 }
 
@@ -33,6 +34,9 @@ impl Image {
     /// # Errors
     /// It is none, it is mounted already, or its format is not clear.
     pub fn look_at(args: &MountArgs, registry: &Registry) -> Result<Self, Error> {
+        if remote::is_remote(&args.image) {
+            return Self::at_server(args);
+        }
         let shown = args.image.display();
         let failed = |error: std::io::Error| {
             let reason = reason(&error);
@@ -75,6 +79,18 @@ impl Image {
             handle,
             is_device: kind.is_block_device(),
             format,
+        })
+    }
+    /// What a URI leads to: a disk, unless it is said to be something else.
+    fn at_server(args: &MountArgs) -> Result<Self, Error> {
+        // Nothing of this machine leads to it.
+        let handle = open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+        let handle = handle.map_err(|errno| Error::os("cannot open '/dev/null'", errno))?;
+        Ok(Self {
+            path: args.image.clone(),
+            is_device: false,
+            format: args.format.unwrap_or(Format::Raw),
+            handle,
         })
     }
 }

@@ -31,11 +31,12 @@ use clap::Args;
 use stord_qmp::Error;
 
 pub use announce::size_text;
-pub use plan::image_options;
+pub use plan::{disk_options, image_options};
 
 use crate::daemon::{Daemon, run_local};
 use crate::daemonize::Background;
 use crate::notify;
+use crate::remote;
 use crate::report::Origin;
 use announce::announce;
 use guess::Format;
@@ -49,7 +50,7 @@ use serving::Mounted;
 /// Show a disk image as a raw file.
 #[derive(Clone, Debug, Args)]
 pub struct MountArgs {
-    /// The disk image, a file or a block device
+    /// The disk image, a file or a block device, or the URI of an NBD export
     image: PathBuf,
     /// The file to show it as, or the directory with --partitions; created if missing [default:
     /// IMAGE.raw, or IMAGE.parts]
@@ -167,6 +168,10 @@ fn prepare_mountpoint(
     };
     if let Some(path) = &args.mountpoint {
         return Mountpoint::prepare(path, kind, registry);
+    }
+    if remote::is_remote(&args.image) {
+        return Err(Error::generic("no mountpoint is given")
+            .with_hint("Say where to mount: stord mount URI MOUNTPOINT"));
     }
     let mut path = args.image.clone().into_os_string();
     path.push(match kind {

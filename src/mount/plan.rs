@@ -16,6 +16,7 @@ use stord_qmp::schema::block::{
 use super::guess::Format;
 use super::partition::{Disk, Partition, Table};
 use crate::daemon::Daemon;
+use crate::remote;
 
 /// The node with the image's content.
 pub const IMAGE_NODE: &str = "image";
@@ -32,7 +33,7 @@ pub const EXPORT: &str = "mount";
 /// What is mounted and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// The image's path, without symbolic links.
+    /// The image's path, without symbolic links, or its URI.
     pub image: PathBuf,
     /// Whether the image is a block device.
     pub is_device: bool,
@@ -86,6 +87,11 @@ pub fn image_options(
     } else {
         BlockdevDriver::File(file)
     };
+    disk_options(protocol, format, read_only)
+}
+
+/// The options by which a disk is opened that is reached in this way.
+pub fn disk_options(protocol: BlockdevDriver, format: Format, read_only: bool) -> BlockdevOptions {
     let child = BlockdevRef::Definition(Box::new(node(protocol, read_only)));
     let driver = match format {
         Format::Raw => BlockdevDriver::Raw(BlockdevOptionsRaw::new(child)),
@@ -114,8 +120,13 @@ impl Plan {
     /// # Errors
     /// It cannot be opened.
     pub async fn open_image(&self, daemon: &Daemon) -> Result<(), Error> {
-        let path = self.image.to_string_lossy();
-        let options = image_options(&path, self.is_device, self.format, self.read_only);
+        let options = if remote::is_remote(&self.image) {
+            let driver = remote::driver(&self.image, daemon.objects.credentials())?;
+            disk_options(driver, self.format, self.read_only)
+        } else {
+            let path = self.image.to_string_lossy();
+            image_options(&path, self.is_device, self.format, self.read_only)
+        };
         daemon.graph.blockdev_add(options.named(IMAGE_NODE)).await
     }
 

@@ -4,6 +4,7 @@ mod crowd;
 mod hostile;
 mod oracle;
 mod peers;
+mod people;
 mod sessions;
 mod tls;
 mod tools;

@@ -11,7 +11,7 @@ use crate::support::run::{run, run_ok};
 use crate::support::{Scratch, qemu};
 
 /// Starts a server with pre-shared keys, which need no certificates, and gives the URI of the client that has one.
-fn serve_with_keys(scratch: Scratch) -> (Served, String) {
+pub(super) fn serve_with_keys(scratch: Scratch) -> (Served, String) {
     let image = scratch.path("disk.qcow2");
     qemu::create(&image, SIZE, "");
     let keys = scratch.file("keys.psk", b"alice:000102030405060708090a0b0c0d0e0f\n");

@@ -75,6 +75,11 @@ impl Graph {
         Self::with_credentials(contexts, Arc::default())
     }
 
+    /// Where drivers find credentials.
+    pub fn credentials(&self) -> &Arc<Credentials> {
+        &self.credentials
+    }
+
     /// An empty graph.
     pub fn with_credentials(contexts: Rc<Contexts>, credentials: Arc<Credentials>) -> Self {
         let (events, happenings) = Events::channel();

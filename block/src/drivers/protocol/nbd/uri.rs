@@ -26,36 +26,74 @@ pub fn is_uri(name: &str) -> bool {
     )
 }
 
+/// What a URI says of TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Security {
+    /// Who the client is.
+    pub user: Option<String>,
+    /// The directory of its certificates.
+    pub certificates: Option<String>,
+    /// The file of its pre-shared keys.
+    pub psk_file: Option<String>,
+    /// Whether the server must prove who it is.
+    pub verify_peer: Option<bool>,
+}
+
 /// The options that a file name stands for.
 ///
 /// # Errors
-/// It is malformed, or asks for what cannot be said in a file name.
+/// It is malformed, or asks for what cannot be said in a file name: TLS needs credentials, and a name that somebody has written into an
+/// image must not choose files of this machine for that.
 pub fn parse(name: &str) -> Result<BlockdevOptionsNbd, Error> {
+    match parse_with_security(name)? {
+        (options, None) => Ok(options),
+        (_, Some(_)) => Err(Error::generic(format!("'{name}' asks for TLS")).with_hint(
+            "give the server as options, with 'tls-creds' naming a TLS credentials object",
+        )),
+    }
+}
+
+/// The options that a URI stands for, and what it says of TLS if it asks for that. `tls-creds` is left to the caller.
+///
+/// # Errors
+/// It is malformed.
+pub fn parse_with_security(name: &str) -> Result<(BlockdevOptionsNbd, Option<Security>), Error> {
     let malformed = || Error::generic(format!("'{name}' is not a valid NBD URI"));
     let (scheme, rest) = name.split_once(':').ok_or_else(malformed)?;
     let Some(rest) = rest.strip_prefix("//") else {
-        return if scheme == "nbd" {
-            legacy(rest).ok_or_else(malformed)
-        } else {
-            Err(malformed())
-        };
+        return match scheme {
+            "nbd" => legacy(rest).map(|options| (options, None)),
+            _ => None,
+        }
+        .ok_or_else(malformed);
     };
     let (secure, transport) = match scheme.split_once('+') {
         Some((front, transport)) => (front == "nbds", transport),
         None => (scheme == "nbds", "tcp"),
     };
-    if secure {
-        return Err(Error::generic(format!("'{name}' asks for TLS")).with_hint(
-            "give the server as options, with 'tls-creds' naming a TLS credentials object",
-        ));
-    }
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     let export = decode(path).ok_or_else(malformed)?;
-    let mut socket = None;
+    let mut security = Security::default();
+    let authority = match authority.split_once('@') {
+        Some((user, authority)) if secure => {
+            security.user = Some(decode(user).ok_or_else(malformed)?);
+            authority
+        }
+        _ => authority,
+    };
+    let (mut socket, mut hostname) = (None, None);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        match pair.split_once('=') {
-            Some(("socket", value)) => socket = Some(decode(value).ok_or_else(malformed)?),
+        let (key, value) = pair.split_once('=').ok_or_else(malformed)?;
+        let value = decode(value).ok_or_else(malformed)?;
+        match (key, secure) {
+            ("socket", _) => socket = Some(value),
+            ("tls-certificates", true) => security.certificates = Some(value),
+            ("tls-psk-file", true) => security.psk_file = Some(value),
+            ("tls-hostname", true) => hostname = Some(value),
+            ("tls-verify-peer", true) => {
+                security.verify_peer = Some(truth(&value).ok_or_else(malformed)?)
+            }
             _ => return Err(malformed()),
         }
     }
@@ -73,7 +111,16 @@ pub fn parse(name: &str) -> Result<BlockdevOptionsNbd, Error> {
     };
     let mut options = BlockdevOptionsNbd::new(SocketAddress { address });
     options.export = (!export.is_empty()).then_some(export);
-    Ok(options)
+    options.tls_hostname = hostname;
+    Ok((options, secure.then_some(security)))
+}
+
+fn truth(text: &str) -> Option<bool> {
+    match text {
+        "1" | "true" | "t" | "yes" | "y" | "on" => Some(true),
+        "0" | "false" | "f" | "no" | "n" | "off" => Some(false),
+        _ => None,
+    }
 }
 
 /// The part after `nbd:` in the older notation.
@@ -203,6 +250,25 @@ mod tests {
             Some("c"),
         );
         assert_is("nbd+vsock://2:9/x", "nbd+vsock://2:9/x", Some("x"));
+    }
+
+    #[test]
+    fn tls_is_for_those_who_may_choose_files() {
+        let name = "nbds+unix://al%20ice@/e?socket=s&tls-psk-file=/k/keys.psk&tls-hostname=h&tls-verify-peer=no";
+        let (options, security) = parse_with_security(name).expect(name);
+        assert_eq!(options.tls_hostname.as_deref(), Some("h"));
+        let wanted = Security {
+            user: Some("al ice".to_owned()),
+            certificates: None,
+            psk_file: Some("/k/keys.psk".to_owned()),
+            verify_peer: Some(false),
+        };
+        assert_eq!(security, Some(wanted));
+        assert!(parse(name).is_err());
+        assert!(parse_with_security("nbd://h/?tls-hostname=h").is_err());
+        assert!(parse_with_security("nbds://h/?tls-verify-peer=maybe").is_err());
+        let (_, security) = parse_with_security("nbd://h/").expect("good");
+        assert_eq!(security, None);
     }
 
     #[test]
