@@ -96,7 +96,7 @@ fn export_is_looked_at_and_copied_like_an_image() {
         )
         .contains("raw disk")
     );
-    assert!(refusal(scratch, &["check", &uri]).contains("raw image"));
+    assert_eq!(run_to_end(scratch, &["check", &uri]).code, Some(63));
     assert!(!run_to_end(scratch, &["resize", &uri, "1G"]).success());
     assert!(
         refusal(scratch, &["info", &uri.replace("/disk?", "/none?")])

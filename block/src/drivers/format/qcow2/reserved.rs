@@ -49,7 +49,12 @@ impl Image {
             return Ok(known);
         }
         let file = self.children.node(FILE).ok_or(Errno::ENOMEDIUM)?;
-        let stored = io::allocated_size(&file).await? >> self.geometry.cluster_bits;
+        let stored = match io::allocated_size(&file).await {
+            Ok(bytes) => bytes >> self.geometry.cluster_bits,
+            // A server does not say what its disk takes up.
+            Err(Errno::ENOTSUP) => return Ok(*self.unwritten.get_or_init(|| false)),
+            Err(errno) => return Err(errno),
+        };
         let threshold = (stored.saturating_mul(10) / 9).max(stored.saturating_add(2));
         let answer = self.clusters_in_use(threshold).await? >= threshold;
         Ok(*self.unwritten.get_or_init(|| answer))

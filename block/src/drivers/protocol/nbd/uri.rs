@@ -92,7 +92,7 @@ pub fn parse_with_security(name: &str) -> Result<(BlockdevOptionsNbd, Option<Sec
             ("tls-psk-file", true) => security.psk_file = Some(value),
             ("tls-hostname", true) => hostname = Some(value),
             ("tls-verify-peer", true) => {
-                security.verify_peer = Some(truth(&value).ok_or_else(malformed)?)
+                security.verify_peer = Some(truth(&value).ok_or_else(malformed)?);
             }
             _ => return Err(malformed()),
         }
