@@ -174,7 +174,8 @@ fn export_holds_an_image_or_lies_behind_one() {
 #[test]
 fn export_is_served_again_and_mounted() {
     needs!(root, "qemu-img", "nbdcopy");
-    let served = Served::start(&noise(3, BYTES), "", ",writable=on");
+    let content = noise(3, BYTES);
+    let served = Served::start(&content, "", ",writable=on");
     let (scratch, uri) = (&served.scratch, served.uri());
     assert!(refusal(scratch, &["serve", &uri]).contains("no address is given"));
     let again = format!("unix:{}", scratch.path("again.sock").display());
@@ -190,7 +191,7 @@ fn export_is_served_again_and_mounted() {
     let daemon = Daemon::adopt(scratch, child.id().try_into().unwrap());
     let copy = scratch.path("copy");
     run_ok("nbdcopy", &[passed.trim(), copy.to_str().unwrap()]);
-    assert_same("the copy", &fs::read(&copy).unwrap(), &noise(3, BYTES));
+    assert_same("the copy", &fs::read(&copy).unwrap(), &content);
     daemon.signal(nix::sys::signal::Signal::SIGTERM);
     assert!(child.wait().unwrap().success());
     drop(daemon);
@@ -206,10 +207,10 @@ fn export_is_served_again_and_mounted() {
     file.write_all_at(&[7; 100_000], 5000).unwrap();
     let mut read = vec![0; MIB];
     file.read_exact_at(&mut read, 10 << 20).unwrap();
-    assert_same("the mount", &read, &noise(3, BYTES)[10 * MIB..11 * MIB]);
+    assert_same("the mount", &read, &content[10 * MIB..11 * MIB]);
     drop(file);
     stord(scratch, &["umount", "disk.raw"]);
-    let mut wanted = noise(3, BYTES);
+    let mut wanted = content;
     wanted[5000..105_000].fill(7);
     served.assert_image_is(&wanted);
 }
