@@ -17,6 +17,8 @@ pub(crate) mod blk;
 pub(crate) mod in_flight;
 pub(crate) mod memory;
 pub(crate) mod ring;
+#[cfg(test)]
+mod tests;
 
 /// `VIRTIO_F_INDIRECT_DESC`: descriptors may point to tables of descriptors.
 pub(crate) const F_INDIRECT_DESC: u64 = 1 << 28;

@@ -143,7 +143,7 @@ impl Disk {
 
     /// Whether a write has to be durable when it completes. A driver that can neither flush nor know of the write cache has to find none
     /// (5.2.6.2).
-    pub(super) fn is_writethrough(&self, features: u64) -> bool {
+    pub(crate) fn is_writethrough(&self, features: u64) -> bool {
         features & (F_FLUSH | F_CONFIG_WCE) == 0 || !self.write_cache.load(Ordering::Acquire)
     }
 

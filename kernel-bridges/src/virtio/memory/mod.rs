@@ -4,6 +4,8 @@
 //! guest address. What is handed out stays mapped as long as somebody uses it, even when the guest has taken it away meanwhile.
 
 pub(crate) mod mapping;
+#[cfg(test)]
+mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicU64, Ordering};
