@@ -110,7 +110,7 @@ fn check(request: &Request, memory: &IoBuffer) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn chains_of_rubbish_are_refused_or_stay_in_memory(
@@ -158,7 +158,7 @@ fn queues_survive_rubbish() {
             vec(header(), 8),
             vec(prop_oneof![15 => 0u16..16, 1 => any::<u16>()], 1..16),
         );
-        for _ in 0..500 {
+        for _ in 0..150 {
             let (ring, tables, headers, heads) = strategy.new_tree(&mut runner).unwrap().current();
             let mut guest = Guest::new(16, FEATURES);
             lay_out(&guest, &ring, &tables, &headers);

@@ -108,7 +108,7 @@ async fn a_driver_that_wants_no_notification_gets_none() {
 /// A driver that asks and is asked for every wake-up loses none, and neither does the device.
 #[tokio::test]
 async fn no_wake_up_is_lost() {
-    const REQUESTS: usize = 20_000;
+    const REQUESTS: usize = 5_000;
     let world = World::new(MIB).await;
     for features in [FEATURES, FEATURES & !F_EVENT_IDX] {
         let mut guest = Guest::starting_at(64, features, 65000);
