@@ -8,6 +8,7 @@
 mod driver;
 mod front_end;
 mod hostile;
+mod machines;
 mod protocol;
 mod recovery;
 

@@ -1,11 +1,14 @@
 //! What a good front end finds: the features, the configuration, the requests, and changes of all kinds while requests run.
 
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rand::RngExt;
 use serde_json::json;
 
@@ -13,8 +16,9 @@ use super::driver::*;
 use super::front_end::*;
 use super::noise;
 use super::{SIZE, Served};
-use crate::support::daemon::is_qemu;
+use crate::support::daemon::{Daemon, is_qemu, program, run_to_end};
 use crate::support::model::rng;
+use crate::support::{Scratch, eventually};
 
 const SECTOR: u64 = 512;
 
@@ -410,4 +414,82 @@ fn front_end_without_protocol_features_is_served() {
     assert_eq!(queue.read(&machine, 5, 1024), content[5 * 512..7 * 512]);
     assert_eq!(queue.stop(&mut front), 1);
     served.daemon.stop();
+}
+
+/// The export at a socket that the daemon finds as its standard input.
+#[track_caller]
+fn start_at(served: &Served, socket: OwnedFd) -> Daemon {
+    let export = "vhost-user-blk,id=second,node-name=disk,addr.type=fd,addr.str=0";
+    let child = Command::new(program())
+        .args(["--blockdev", "file,node-name=disk,filename=disk.raw"])
+        .args(["--export", export])
+        .current_dir(served.scratch.dir())
+        .stdin(socket)
+        .spawn()
+        .unwrap();
+    Daemon::adopt(&served.scratch, i32::try_from(child.id()).unwrap())
+}
+
+#[test]
+fn passed_sockets_are_served() {
+    if is_qemu() {
+        return;
+    }
+    let content = noise(13, SIZE);
+    let served = Served::start(&content, "");
+    let path = served.scratch.path("passed.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let listening = start_at(&served, listener.into());
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let connected = start_at(&served, theirs.into());
+    for mut front in [FrontEnd::connect(&path), FrontEnd { stream: ours }] {
+        front.agree();
+        let machine = Machine::new();
+        machine.share(&mut front);
+        let mut queue = Queue::new(&machine, 0);
+        queue.start(&mut front, 0);
+        assert_eq!(queue.read(&machine, 3, 512), content[3 * 512..4 * 512]);
+    }
+    for daemon in [&listening, &connected] {
+        daemon.signal(nix::sys::signal::Signal::SIGTERM);
+        eventually("the daemon ends", 30, || !daemon.is_alive());
+    }
+    served.daemon.stop();
+}
+
+#[test]
+fn serve_is_for_machines_too() {
+    if is_qemu() {
+        return;
+    }
+    let content = noise(14, SIZE);
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("disk.raw"), &content).unwrap();
+    let args = [
+        "serve",
+        "disk.raw",
+        "--vhost-user",
+        "vm.sock",
+        "--background",
+    ];
+    let ended = run_to_end(&scratch, &args);
+    assert!(ended.success(), "{ended:?}");
+    let socket = scratch.path("vm.sock");
+    assert_eq!(ended.stdout.trim(), socket.to_str().unwrap());
+    let mut front = FrontEnd::connect(&socket);
+    let process = getsockopt(&front.stream, PeerCredentials).unwrap().pid();
+    let daemon = Daemon::adopt(&scratch, process);
+    front.agree();
+    assert_eq!(front.ask(GET_QUEUE_NUM, &[]).number(), 16);
+    let machine = Machine::new();
+    machine.share(&mut front);
+    let mut queue = Queue::new(&machine, 5);
+    queue.start(&mut front, 0);
+    queue.write(&machine, 9, &[9; 512]);
+    drop(front);
+    daemon.stop();
+    let image = std::fs::read(scratch.path("disk.raw")).unwrap();
+    assert_eq!(image[9 * 512..10 * 512], [9; 512]);
 }
