@@ -2,13 +2,15 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use nix::unistd::Pid;
 use rand::RngExt;
 use serde_json::json;
 
@@ -16,9 +18,9 @@ use super::driver::*;
 use super::front_end::*;
 use super::noise;
 use super::{SIZE, Served};
+use crate::support::Scratch;
 use crate::support::daemon::{Daemon, is_qemu, program, run_to_end};
 use crate::support::model::rng;
-use crate::support::{Scratch, eventually};
 
 const SECTOR: u64 = 512;
 
@@ -418,16 +420,15 @@ fn front_end_without_protocol_features_is_served() {
 
 /// The export at a socket that the daemon finds as its standard input.
 #[track_caller]
-fn start_at(served: &Served, socket: OwnedFd) -> Daemon {
+fn start_at(served: &Served, socket: OwnedFd) -> Child {
     let export = "vhost-user-blk,id=second,node-name=disk,addr.type=fd,addr.str=0";
-    let child = Command::new(program())
+    Command::new(program())
         .args(["--blockdev", "file,node-name=disk,filename=disk.raw"])
         .args(["--export", export])
         .current_dir(served.scratch.dir())
         .stdin(socket)
         .spawn()
-        .unwrap();
-    Daemon::adopt(&served.scratch, i32::try_from(child.id()).unwrap())
+        .unwrap()
 }
 
 #[test]
@@ -452,9 +453,10 @@ fn passed_sockets_are_served() {
         queue.start(&mut front, 0);
         assert_eq!(queue.read(&machine, 3, 512), content[3 * 512..4 * 512]);
     }
-    for daemon in [&listening, &connected] {
-        daemon.signal(nix::sys::signal::Signal::SIGTERM);
-        eventually("the daemon ends", 30, || !daemon.is_alive());
+    for mut daemon in [listening, connected] {
+        let process = Pid::from_raw(i32::try_from(daemon.id()).unwrap());
+        kill(process, Signal::SIGTERM).unwrap();
+        assert!(daemon.wait().unwrap().success());
     }
     served.daemon.stop();
 }
