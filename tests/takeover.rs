@@ -199,6 +199,57 @@ fn users_of_a_qcow2_image_see_a_pause() {
     upgrade_and_kill("qcow2", times.parse().unwrap_or(5));
 }
 
+/// Whether mounts are served over io_uring here; says so if not.
+fn has_ring() -> bool {
+    let enabled = fs::read_to_string("/sys/module/fuse/parameters/enable_uring");
+    let is_enabled = enabled.is_ok_and(|text| text.trim() == "Y");
+    if !is_enabled {
+        eprintln!("SKIPPED: needs Linux 6.14 and fuse.enable_uring");
+    }
+    is_enabled
+}
+
+fn upgrade_over_io_uring(format: &str) {
+    let scratch = Scratch::new();
+    let image = image(&scratch, format);
+    let at = scratch.path("m");
+    let args = [image.to_str().unwrap(), at.to_str().unwrap()];
+    let (_first, _) = mount(&scratch, &args, "m");
+    let mut guards = Vec::new();
+    let times = std::env::var("STORD_TAKEOVERS").unwrap_or_default();
+    let content = Load::run(&at, 53, |load| {
+        for _ in 0..times.parse().unwrap_or(5) {
+            load.get_on();
+            guards.push(upgrade(&scratch, &at));
+        }
+        load.get_on();
+    });
+    umount(&scratch, at.to_str().unwrap());
+    assert_eq!(scratch.names(), [format!("disk.{format}")]);
+    assert_same("image", &qemu::content(&scratch, &image, format), &content);
+    if format == "qcow2" {
+        qemu::assert_clean(&image);
+    }
+}
+
+#[test]
+fn requests_through_io_uring_go_to_the_next_daemon_raw() {
+    only_stord!();
+    needs!(root, "qemu-img");
+    if has_ring() {
+        upgrade_over_io_uring("raw");
+    }
+}
+
+#[test]
+fn requests_through_io_uring_go_to_the_next_daemon_qcow2() {
+    only_stord!();
+    needs!(root, "qemu-img");
+    if has_ring() {
+        upgrade_over_io_uring("qcow2");
+    }
+}
+
 #[test]
 fn directory_and_image_over_itself_change_hands() {
     only_stord!();
@@ -232,13 +283,25 @@ fn directory_and_image_over_itself_change_hands() {
 }
 
 #[test]
+fn kept_mount_stays_where_nobody_takes_it() {
+    only_stord!();
+    needs!(root, "qemu-img");
+    stay_where_nobody_takes_it(&["--keep"]);
+}
+
+#[test]
 fn mount_stays_where_nobody_takes_it() {
     only_stord!();
     needs!(root, "qemu-img");
+    stay_where_nobody_takes_it(&[]);
+}
+
+fn stay_where_nobody_takes_it(options: &[&str]) {
     let scratch = Scratch::new();
     let image = image(&scratch, "qcow2");
     let at = scratch.path("m");
-    let args = ["--keep", image.to_str().unwrap(), at.to_str().unwrap()];
+    let mut args = options.to_vec();
+    args.extend([image.to_str().unwrap(), at.to_str().unwrap()]);
     let (daemon, _) = mount(&scratch, &args, "m");
     let content = Load::run(&at, 43, |load| {
         for says in ["", "nonsense\n", "release\n"] {

@@ -5,6 +5,7 @@ use std::pin::Pin;
 
 use stord_aio::Context;
 use stord_block::Backend;
+use stord_qmp::Error;
 
 use crate::fuse::Connection;
 
@@ -21,10 +22,17 @@ pub(crate) trait Export {
         None
     }
 
-    /// Stops serving, as soon as what is under way is done, and leaves the users to another process; it ends soon.
+    /// Stops serving, as soon as what is under way is done, and leaves the users to another process, which needs the connection; it ends
+    /// soon.
     ///
-    /// Asked only of exports that gave a connection.
-    fn leave(&self) {}
+    /// Asked only of exports that gave a connection: this one.
+    ///
+    /// # Errors
+    /// That is not possible now. It serves as before.
+    fn leave<'a>(&'a self, connection: &'a mut Connection) -> LocalFuture<'a, Result<(), Error>> {
+        let _ = connection;
+        Box::pin(async { Err(Error::generic("exports of this type cannot be left")) })
+    }
 
     /// Whether somebody uses it whom only a removal in the mode `hard` may cut off.
     fn is_in_use(&self) -> LocalFuture<'_, bool>;

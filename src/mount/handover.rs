@@ -7,7 +7,7 @@
 //!   offer: plan, descriptors   ──►
 //!                              ◄──  release     (it could start)
 //!   stops, flushes, closes
-//!   released                   ──►
+//!   released, requests         ──►   (requests: where they come through io_uring)
 //!                                   opens, serves
 //!                              ◄──  end
 //!   ends without unmounting
@@ -205,9 +205,17 @@ pub async fn hand_over(
         return Ok(Outcome::Stayed);
     }
     daemon.graph.close_all().await;
-    channel.say(RELEASED).await;
-    if channel.hear().await.is_ok_and(|line| line == END) {
-        return Ok(Outcome::Left);
+    match connection.requests() {
+        Ok(requests) => {
+            channel.say(RELEASED, requests).await;
+            if channel.hear().await.is_ok_and(|line| line == END) {
+                return Ok(Outcome::Left);
+            }
+        }
+        Err(errno) => {
+            let error = Error::os("Failed to pass the requests of the mount on", errno);
+            channel.refuse(&error).await;
+        }
     }
     tracing::warn!("the other process did not take the mount: serving it again");
     if let (Some(path), Ok(image)) = (plan.image.to_str(), image.try_clone()) {
@@ -228,7 +236,7 @@ async fn offer(
     let lost = |error: io::Error| Error::generic(reason(&error)).with_source(error);
     let Some(connection) = daemon.exports.connection(EXPORT) else {
         let error = Error::generic(format!(
-            "the mount at '{}' cannot be handed over: its requests come through io_uring, or the kernel reads its image by itself",
+            "the mount at '{}' cannot be handed over: the kernel reads its image by itself",
             plan.mountpoint.display()
         ))
         .with_hint("Mounts made with 'stord mount --keep' can be; others have to be unmounted and mounted again.");
@@ -268,8 +276,13 @@ impl Talk {
     }
 
     /// What becomes of the line shows in the next one that is heard.
-    async fn say(&mut self, line: &'static str) {
-        let _ = self.with(move |channel| channel.send(line, &[])).await;
+    async fn say(&mut self, line: &'static str, descriptor: Option<OwnedFd>) {
+        let _ = self
+            .with(move |channel| {
+                let descriptors: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
+                channel.send(line, &descriptors)
+            })
+            .await;
     }
 
     async fn refuse(&mut self, error: &Error) {

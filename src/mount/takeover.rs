@@ -37,14 +37,14 @@ pub async fn run(background: Background) -> Result<ExitCode, Error> {
     let (text, descriptors) = channel.receive().map_err(lost)?;
     let Offer {
         plan,
-        connection,
+        mut connection,
         image,
     } = Offer::read(&text, descriptors)?;
     supply(text_of(&plan.image)?, image.try_clone().map_err(lost)?);
     let daemon = Daemon::start()?;
     let deleted = daemon.events.subscribe();
     channel.send(RELEASE, &[]).map_err(lost)?;
-    let (said, _) = channel.receive().map_err(lost)?;
+    let (said, requests) = channel.receive().map_err(lost)?;
     if said != RELEASED {
         return Err(match Offer::read(&said, Vec::new()) {
             Err(refusal) => refusal,
@@ -52,6 +52,9 @@ pub async fn run(background: Background) -> Result<ExitCode, Error> {
         });
     }
     let started = async {
+        if let Some(requests) = requests.into_iter().next() {
+            connection.take_requests(requests)?;
+        }
         open_when_free(&daemon, &plan).await?;
         plan.open_partitions(&daemon).await?;
         plan.export(&daemon, Some(connection)).await?;

@@ -319,19 +319,43 @@ impl Drop for Memory {
 }
 
 fn map(len: usize) -> Option<NonNull<u8>> {
-    // SAFETY: an anonymous private mapping at an address of the kernel's choice touches nothing
-    // that exists.
+    map_at(Place::Any, len)
+}
+
+/// Where a mapping is to be.
+#[derive(Clone, Copy)]
+enum Place {
+    Any,
+    /// At this address if it is free.
+    Rather(usize),
+    /// At this address or nowhere.
+    Only(usize),
+}
+
+fn map_at(place: Place, len: usize) -> Option<NonNull<u8>> {
+    let (address, flags) = match place {
+        Place::Any => (0, 0),
+        Place::Rather(address) => (address, 0),
+        Place::Only(address) => (address, libc::MAP_FIXED_NOREPLACE),
+    };
+    // SAFETY: an anonymous private mapping that replaces none touches nothing that exists.
     let ptr = unsafe {
         libc::mmap(
-            ptr::null_mut(),
+            ptr::without_provenance_mut(address),
             len,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
             -1,
             0,
         )
     };
     if ptr == libc::MAP_FAILED {
+        return None;
+    }
+    if matches!(place, Place::Only(address) if address != ptr.addr()) {
+        // A kernel before 4.17, which takes the address for a wish.
+        // SAFETY: it is the mapping just made, which nobody knows yet.
+        unsafe { libc::munmap(ptr, len) };
         return None;
     }
     // Where huge pages are the rule, one touched byte would take two megabytes. Kernels without

@@ -26,10 +26,13 @@ use crate::mount_table;
 
 use super::abi::{InitFlags, ROOT_ID};
 use super::buffers::MAX_PAYLOAD;
-use super::connection::Connection;
+use super::connection::{Connection, Transport};
 use super::directory::Directory;
 use super::disk_file::{DiskFile, Presentation};
+use super::entries::Common;
 use super::file_system::FileSystem;
+use super::fill::{CannotFill, Filler};
+use super::held::HeldEntries;
 use super::init::Proposal;
 use super::kernel;
 use super::mount::{Mount, MountError, Mounted, Options, clear_dead};
@@ -40,6 +43,9 @@ use super::session::Session;
 
 /// An unmount that takes longer than this waits for requests that do not end; the connection is ended under it.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Requests under way that take longer than this keep a mount from going to another process through io_uring.
+const HOLD_PATIENCE: Duration = Duration::from_secs(20);
 
 /// This environment variable, set to `classic`, makes `io-uring=auto` mean `off`: for tests and comparisons.
 const TRANSPORT: &str = "STORD_FUSE_TRANSPORT";
@@ -138,11 +144,10 @@ impl FuseOptions {
 pub(crate) struct FuseExport {
     session: Arc<Session>,
     mount: Mount,
-    /// Requests come through io_uring.
-    io_uring: bool,
+    /// Requests come through io_uring, to the entries here.
+    ring: Option<Arc<Common>>,
     allow_other: bool,
-    /// The descriptors of the queues once more, for whoever is to serve them next. None with io_uring, where what is under way
-    /// cannot be left to another.
+    /// The descriptors of the queues once more, for whoever is to serve them next.
     kept: RefCell<Vec<OwnedFd>>,
     /// Another process serves the mount from now on.
     left: Cell<bool>,
@@ -240,7 +245,10 @@ impl FuseExport {
         let is_wanted = match options.io_uring {
             OnOffAuto::On => true,
             OnOffAuto::Off => false,
-            OnOffAuto::Auto => std::env::var_os(TRANSPORT).is_none_or(|name| name != "classic"),
+            OnOffAuto::Auto => {
+                is_better_with_ring(contexts)
+                    && std::env::var_os(TRANSPORT).is_none_or(|name| name != "classic")
+            }
         };
         if is_wanted && has_rings {
             match Self::start_with(options, true, contexts).await {
@@ -286,17 +294,16 @@ impl FuseExport {
         own_mounts::add(mount.device_number());
         let (served, (mut export, ended)) = if io_uring {
             let session = Session::new(file_system, 1);
-            let (served, ended) = serve_io_uring(device, contexts, &session).await;
-            let export = Self {
-                session,
+            let started = Self::serve_ring(
+                device,
                 mount,
-                io_uring,
                 allow_other,
-                kept: RefCell::default(),
-                left: Cell::new(false),
-                backing: None,
-            };
-            (served.map_err(Failure::Ring), (export, ended))
+                &session,
+                contexts,
+                HeldEntries::default(),
+            );
+            let (registered, started) = started.await;
+            (registered.map_err(Failure::Ring), started)
         } else {
             let devices = clone_devices(vec![device], contexts);
             let started = Self::serve(devices, mount, allow_other, file_system, contexts);
@@ -342,7 +349,7 @@ impl FuseExport {
         let export = Self {
             session,
             mount,
-            io_uring: false,
+            ring: None,
             allow_other,
             // Without them, the mount cannot be handed over.
             kept: RefCell::new(kept.unwrap_or_default()),
@@ -352,11 +359,34 @@ impl FuseExport {
         (export, ended)
     }
 
+    /// Serves a connection through io_uring. The first result tells whether the kernel took all entries that there were not yet.
+    async fn serve_ring(
+        device: OwnedFd,
+        mount: Mount,
+        allow_other: bool,
+        session: &Arc<Session>,
+        contexts: &[Context],
+        held: HeldEntries,
+    ) -> (Result<(), Errno>, (Self, Ended)) {
+        let kept = device.try_clone();
+        let queues = serve_io_uring(device, contexts, session, held).await;
+        let export = Self {
+            session: Arc::clone(session),
+            mount,
+            ring: Some(queues.common),
+            allow_other,
+            kept: RefCell::new(kept.into_iter().collect()),
+            left: Cell::new(false),
+            backing: None,
+        };
+        (queues.registered, (export, queues.ended))
+    }
+
     /// Serves a connection that another process served before. The rest is as for [`start`](Self::start).
     ///
     /// # Errors
     /// The connection has ended.
-    pub(crate) fn adopt(
+    pub(crate) async fn adopt(
         connection: Connection,
         contents: &Contents,
         contexts: &[Context],
@@ -365,9 +395,28 @@ impl FuseExport {
         // Files that are open in passthrough now stay so.
         let file_system = contents.file_system(allow_other, |_| None);
         file_system.take_over(&connection.attributes);
-        let devices = connection.resend(contexts.len()).map_err(|errno| {
-            Error::os("Failed to take over the FUSE mount", errno)
-                .with_hint("It has been unmounted, or its connection has been ended.")
+        let failed = |errno| Error::os("Failed to take over the FUSE mount", errno);
+        let held = match connection.transport {
+            Transport::Classic => None,
+            Transport::Ring(None) => return Err(failed(Errno::EINVAL)),
+            Transport::Ring(Some(_)) if !contexts.iter().all(Context::uses_ring) => {
+                return Err(no_io_uring());
+            }
+            Transport::Ring(Some(held)) => Some(held),
+        };
+        let mut devices = connection.devices;
+        if let (Some(held), Some(device)) = (held, devices.pop()) {
+            own_mounts::add(mount.device_number());
+            let session = Session::new(file_system, 1);
+            let started =
+                Self::serve_ring(device, mount, allow_other, &session, contexts, held).await;
+            if let (Err(errno), _) = started {
+                tracing::warn!(%errno, "a queue of io_uring cannot be served");
+            }
+            return Ok(started.1);
+        }
+        let devices = Connection::resend(devices, contexts.len()).map_err(|errno| {
+            failed(errno).with_hint("It has been unmounted, or its connection has been ended.")
         })?;
         let devices = clone_devices(devices, contexts);
         own_mounts::add(mount.device_number());
@@ -384,6 +433,29 @@ impl FuseExport {
     fn let_go(&self) {
         if let Some(backing) = &self.backing {
             backing.close();
+        }
+    }
+
+    /// Gets a request into every entry of io_uring and keeps them there.
+    async fn hold(&self, ring: &Arc<Common>) -> Result<HeldEntries, Error> {
+        let failed = |reason| {
+            Error::generic("the requests of the mount cannot be passed on")
+                .with_source(reason)
+                .with_hint("Unmount it and mount it again, or mount it with 'stord mount --keep'.")
+        };
+        let mount = self.mount.clone();
+        let queues = ring.queues();
+        let filler = pool::run(move || Filler::new(&mount, queues)).await;
+        let filler = filler.map_err(failed)?;
+        ring.hold();
+        let filled = filler.fill(ring).await;
+        if filled.is_ok() {
+            let _ = tokio::time::timeout(HOLD_PATIENCE, ring.ended()).await;
+        }
+        match (ring.take_held(), filled) {
+            (Some(held), _) => Ok(HeldEntries::new(held)),
+            (None, Err(reason)) => Err(failed(reason)),
+            (None, Ok(())) => Err(failed(CannotFill::Late)),
         }
     }
 
@@ -409,12 +481,22 @@ impl Export for FuseExport {
             mount: self.mount.clone(),
             allow_other: self.allow_other,
             attributes: self.session.file_system.save_attributes(),
+            transport: match &self.ring {
+                None => Transport::Classic,
+                Some(_) => Transport::Ring(None),
+            },
         })
     }
 
-    fn leave(&self) {
-        self.left.set(true);
-        self.session.stop();
+    fn leave<'a>(&'a self, connection: &'a mut Connection) -> LocalFuture<'a, Result<(), Error>> {
+        Box::pin(async {
+            if let Some(ring) = &self.ring {
+                connection.transport = Transport::Ring(Some(self.hold(ring).await?));
+            }
+            self.left.set(true);
+            self.session.stop();
+            Ok(())
+        })
     }
 
     /// Whoever has the file open finds it gone, in either mode, as in the reference.
@@ -424,7 +506,8 @@ impl Export for FuseExport {
 
     fn shut_down(&self) -> LocalFuture<'_> {
         Box::pin(async {
-            let unmounting = self.unmount(self.io_uring);
+            let has_ring = self.ring.is_some();
+            let unmounting = self.unmount(has_ring);
             let unmounted = tokio::time::timeout(UNMOUNT_PATIENCE, unmounting).await;
             self.kept.take();
             self.session.stop();
@@ -433,7 +516,7 @@ impl Export for FuseExport {
                 tracing::warn!("unmounting takes long, ending the connection");
             }
             // Entries of io_uring end with the connection only, which users keep alive that have the file open still.
-            if unmounted.is_err() || (unmounted == Ok(false) && self.io_uring) {
+            if unmounted.is_err() || (unmounted == Ok(false) && has_ring) {
                 let (mount, session) = (self.mount.clone(), Arc::clone(&self.session));
                 pool::run(move || mount.abort(|| session.is_closed())).await;
             }
@@ -481,6 +564,14 @@ async fn set_up(options: &FuseOptions, io_uring: bool) -> Result<(Mounted, bool)
         },
     };
     mounted.map_err(cannot_mount)
+}
+
+/// Whether io_uring is the faster transport: on one context it is level for small requests, and slower for large ones
+/// (docs/performance.md).
+fn is_better_with_ring(contexts: &[Context]) -> bool {
+    let mut indices = contexts.iter().map(Context::index);
+    let first = indices.next();
+    indices.any(|other| Some(other) != first)
 }
 
 /// What tells the kernel of image files, where it takes that.

@@ -5,6 +5,7 @@
 //!   mount        how the file system gets to its path and away again    (kernel: the system calls, init: the first request)
 //!   connection   what another process needs to go on
 //!   session      what the queues share
+//!     uring        the same over io_uring                               (ring_entry: memory for requests, entries, held, fill)
 //!     classic      a queue: fetch, answer at once or as a task, reply   (buffers: memory for requests, waiting)
 //!       request      what is asked, without its transport               (abi: the wire format)
 //!       file_system  what is answered: which file is meant              (directory, copy)
@@ -20,9 +21,12 @@ mod control;
 mod copy;
 mod directory;
 mod disk_file;
+mod entries;
 mod export;
 mod file_system;
+mod fill;
 mod follow;
+mod held;
 mod idle;
 mod init;
 mod kernel;

@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::pin::Pin;
 use std::sync::Arc;
 
 use stord_aio::sync::oneshot;
@@ -10,6 +9,8 @@ use stord_aio::{Context, ContextGone, Errno};
 
 use crate::export::Ended;
 
+use super::entries::Common;
+use super::held::HeldEntries;
 use super::session::Session;
 use super::{classic, kernel, uring};
 
@@ -49,17 +50,31 @@ pub(super) fn serve_classic(
     Box::pin(all_ended(queues))
 }
 
-/// Serves the kernel's io_uring queues, dealt over the contexts, and the first descriptor with a classic queue.
-///
-/// # Errors
-/// The kernel refuses a queue. What was started ends with the connection, which the caller has to end: the second result resolves
-/// then.
+/// Queues of io_uring.
+pub(super) struct RingQueues {
+    pub(super) common: Arc<Common>,
+    /// Whether the kernel took all entries. Where it did not, what was started ends with the connection, which the caller has to end.
+    pub(super) registered: Result<(), Errno>,
+    pub(super) ended: Ended,
+}
+
+/// Serves the kernel's io_uring queues, dealt over the contexts, and the descriptor with a classic queue. `held` are entries that there
+/// are already.
 pub(super) async fn serve_io_uring(
     device: OwnedFd,
     contexts: &[Context],
     session: &Arc<Session>,
-) -> (Result<(), Errno>, Ended) {
-    // The kernel says how many queues there are: a context has one share of them.
+    held: HeldEntries,
+) -> RingQueues {
+    // The kernel says how many queues there are.
+    let mut registered = Ok(());
+    let (count, held) = uring::queue_count()
+        .and_then(|count| Ok((count, held.of_queues(count)?)))
+        .unwrap_or_else(|errno| {
+            registered = Err(errno);
+            (0, Vec::new())
+        });
+    // A context has one share of the queues.
     let mut distinct: Vec<Context> = Vec::new();
     for context in contexts {
         if distinct
@@ -69,57 +84,51 @@ pub(super) async fn serve_io_uring(
             distinct.push(context.clone());
         }
     }
-    let mut result = Ok(());
-    let mut queues = Vec::new();
-    match uring::queue_count() {
-        Err(errno) => result = Err(errno),
-        Ok(count) => {
-            for registered in register(&device, &distinct, session, count, &mut queues) {
-                // Without an answer, the context has gone, or there was no descriptor for it.
-                let registered = registered.await.unwrap_or(Err(Errno::ENODEV));
-                result = result.and(registered);
-            }
-        }
+    if registered.is_err() {
+        distinct.clear();
     }
-    let classic = serve_classic(vec![device], contexts, session);
-    let ended = Box::pin(async move {
-        all_ended(queues).await;
-        classic.await;
-    });
-    (result, ended)
-}
-
-type Queue = Pin<Box<dyn Future<Output = Result<(), ContextGone>>>>;
-
-/// Starts `count` queues; each context answers whether its share has been registered.
-fn register(
-    device: &OwnedFd,
-    contexts: &[Context],
-    session: &Arc<Session>,
-    count: u16,
-    queues: &mut Vec<Queue>,
-) -> Vec<oneshot::Receiver<Result<(), Errno>>> {
-    let (common, inboxes) = uring::Common::new(session, contexts.len(), count);
-    let mut registered = Vec::new();
-    for (place, (context, inbox)) in contexts.iter().zip(inboxes).enumerate() {
-        let numbers: Vec<u16> = (0..count).skip(place).step_by(contexts.len()).collect();
+    let mut existing = vec![0; count.into()];
+    for entry in &held {
+        existing[usize::from(entry.parts.queue)] += 1;
+    }
+    let (common, inboxes) = Common::new(session, distinct.len(), count, held);
+    let mut queues = Vec::new();
+    let mut answers = Vec::new();
+    for (place, (context, inbox)) in distinct.iter().zip(inboxes).enumerate() {
+        let numbers: Vec<_> = (0..count)
+            .zip(existing.iter().copied())
+            .skip(place)
+            .step_by(distinct.len())
+            .collect();
         let (answer, result) = oneshot::channel();
-        registered.push(result);
+        answers.push(result);
         let device = match kernel::clone_device(device.as_fd()) {
             Ok(device) => device,
             Err(errno) => {
-                common.give_up(numbers.len());
+                common.give_up(numbers.iter().map(|(queue, _)| *queue));
                 // The receiver is in the list.
                 let _ = answer.send(Err(errno));
                 continue;
             }
         };
         let common = Arc::clone(&common);
-        queues.push(Box::pin(context.run(move || {
-            uring::serve(common, place, device, numbers, inbox, answer)
-        })));
+        queues
+            .push(context.run(move || uring::serve(common, place, device, numbers, inbox, answer)));
     }
-    registered
+    for answer in answers {
+        // Without an answer, the context has gone, or there was no descriptor for it.
+        registered = registered.and(answer.await.unwrap_or(Err(Errno::ENODEV)));
+    }
+    let classic = serve_classic(vec![device], contexts, session);
+    let ended = Box::pin(async move {
+        all_ended(queues).await;
+        classic.await;
+    });
+    RingQueues {
+        common,
+        registered,
+        ended,
+    }
 }
 
 async fn all_ended<Q: Future<Output = Result<(), ContextGone>>>(queues: Vec<Q>) {

@@ -23,6 +23,9 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 use super::abi::{
     CommandIn, InHeader, MAX_ARGUMENTS, OutHeader, RingEntryInOut, opcode, ring_command,
 };
+use super::buffers::MAX_PAYLOAD;
+use super::entries::Then;
+use super::held::Held;
 
 const HEADER_LEN: usize = 288;
 const ARGUMENTS_AT: usize = 128;
@@ -56,11 +59,56 @@ struct Segments {
 
 impl EntryParts {
     /// An entry of the kernel's queue number `queue`. `None` when there is no memory for it.
-    pub(super) fn new(queue: u16, payload: usize) -> Option<Self> {
+    pub(super) fn new(queue: u16) -> Option<Self> {
         Some(Self {
             queue,
-            memory: SharedMemory::zeroed(PAYLOAD_AT + payload)?,
+            memory: SharedMemory::zeroed_apart(PAYLOAD_AT + MAX_PAYLOAD)?,
             commit_id: 0,
+        })
+    }
+}
+
+impl EntryParts {
+    /// What another process needs besides the number of the queue: the address, and what the kernel calls the request.
+    pub(super) fn address(&self) -> usize {
+        self.memory.addr()
+    }
+
+    pub(super) fn commit_id(&self) -> u64 {
+        self.commit_id
+    }
+
+    /// The header, and so much of the payload as it says that there is.
+    pub(super) fn content(&self) -> Vec<u8> {
+        let memory = self.memory.buffer();
+        let mut content = vec![0; HEADER_LEN];
+        memory.read_at(0, &mut content);
+        let about = RingEntryInOut::read_from_prefix(&content[IN_OUT_AT..]);
+        let payload = about.map_or(0, |(about, _)| about.payload_sz as usize);
+        content.resize(HEADER_LEN + payload.min(memory.len() - PAYLOAD_AT), 0);
+        memory.read_at(PAYLOAD_AT, &mut content[HEADER_LEN..]);
+        content
+    }
+
+    /// An entry of another process, with memory at the same address and this in it. `None` where that is not to be had.
+    pub(super) fn restore(
+        queue: u16,
+        address: usize,
+        commit_id: u64,
+        content: &[u8],
+    ) -> Option<Self> {
+        let (header, payload) = content.split_at_checked(HEADER_LEN)?;
+        if payload.len() > MAX_PAYLOAD {
+            return None;
+        }
+        let memory = SharedMemory::zeroed_at(address, PAYLOAD_AT + MAX_PAYLOAD)?;
+        let buffer = memory.buffer();
+        buffer.write_at(0, header);
+        buffer.write_at(PAYLOAD_AT, payload);
+        Some(Self {
+            queue,
+            memory,
+            commit_id,
         })
     }
 }
@@ -77,9 +125,10 @@ impl RingEntry {
         }
     }
 
-    /// Takes the entry from its context. No command of it may be under way.
-    pub(super) fn into_parts(self) -> EntryParts {
-        self.parts
+    /// Takes the entry from its context, and says what is to be done with it next. No command of it may be under way.
+    pub(super) fn held(self, then: Then) -> Held {
+        let parts = self.parts;
+        Held { parts, then }
     }
 
     /// The number of the kernel's queue.

@@ -12,7 +12,8 @@
 //!
 //! What the kernel sends past its queues, FORGET and INTERRUPT, arrives at the device, where the classic transport serves it.
 //!
-//! An entry cannot be taken back from the kernel. It ends when the connection does.
+//! An entry cannot be taken back from the kernel. It ends when the connection does, or when it has a request in it and goes to
+//! another process with that (`held`).
 
 use std::cell::{Cell, RefCell};
 use std::fs;
@@ -21,7 +22,6 @@ use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 
 use stord_aio::sync::{mpsc, oneshot};
@@ -29,14 +29,14 @@ use stord_aio::{Errno, UringCmd, is_quiet, spawn_local, submit_now, turns, yield
 
 use super::abi::{InHeader, OutHeader, opcode};
 use super::buffers::MAX_PAYLOAD;
+use super::entries::{Common, ENTRIES, Message, Then};
 use super::follow;
+use super::held::Held;
 use super::idle::IdleWatch;
 use super::request::{Reply, Request};
 use super::ring_entry::{EntryParts, RingEntry};
-use super::session::Session;
 
-/// Entries that a queue begins with, that it gets at a time, and that it has at most.
-const ENTRIES: usize = 8;
+/// Entries that a queue gets at a time, and that it has at most.
 const MORE_ENTRIES: usize = 8;
 const MOST_ENTRIES: usize = 64;
 /// A queue with so many bytes of payload under way gets no more entries.
@@ -46,39 +46,7 @@ const LARGE: u32 = 64 << 10;
 /// What an idle entry's payload may take up, in bytes.
 const KEPT: usize = 16 << 10;
 
-/// What the contexts of an export have in common.
-pub(super) struct Common {
-    session: Arc<Session>,
-    places: Vec<Place>,
-    /// Entries that have not ended.
-    alive: AtomicUsize,
-}
-
-/// One context, as the others see it.
-struct Place {
-    inbox: mpsc::UnboundedSender<Message>,
-    /// Large requests in its hands.
-    large: AtomicUsize,
-}
-
-/// What a context is told.
-pub(super) enum Message {
-    /// Take an entry over.
-    Entry(EntryParts, Then),
-    /// The last entry has ended.
-    End,
-}
-
-/// What is to be done with an entry that is taken over.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Then {
-    /// The request in it is large, and to be answered.
-    Answer,
-    /// The reply in it is to be sent.
-    Commit,
-}
-
-/// One context's part of it.
+/// One context's part of an export.
 struct Share {
     common: Arc<Common>,
     /// Which of the places this is.
@@ -133,70 +101,14 @@ pub(super) fn queue_count() -> Result<u16, Errno> {
         .ok_or(Errno::EINVAL)
 }
 
-impl Common {
-    /// For so many contexts and so many queues. The second result is for the contexts, in their order.
-    pub(super) fn new(
-        session: &Arc<Session>,
-        contexts: usize,
-        queues: u16,
-    ) -> (Arc<Self>, Vec<mpsc::UnboundedReceiver<Message>>) {
-        let (places, inboxes) = (0..contexts)
-            .map(|_| {
-                let (inbox, messages) = mpsc::unbounded_channel();
-                let large = AtomicUsize::new(0);
-                (Place { inbox, large }, messages)
-            })
-            .unzip();
-        let common = Arc::new(Self {
-            session: Arc::clone(session),
-            places,
-            alive: AtomicUsize::new(usize::from(queues) * ENTRIES),
-        });
-        (common, inboxes)
-    }
-
-    /// Notes that the entries of so many queues will not be.
-    pub(super) fn give_up(&self, queues: usize) {
-        for _ in 0..queues * ENTRIES {
-            self.entry_ended();
-        }
-    }
-
-    fn entry_ended(&self) {
-        if self.alive.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.session.note_closed();
-            for place in &self.places {
-                self.tell(place, Message::End);
-            }
-        }
-    }
-
-    fn tell(&self, place: &Place, message: Message) {
-        // Nobody listens where the last entry has ended, or the context was not to be had.
-        if let Err(mpsc::error::SendError(Message::Entry(..))) = place.inbox.send(message) {
-            self.entry_ended();
-        }
-    }
-
-    /// A context with less to do than the one at `place`.
-    fn relief(&self, place: usize) -> Option<usize> {
-        let load = |place: &Place| place.large.load(Ordering::Relaxed);
-        let (other, least) = (self.places.iter().enumerate())
-            .filter(|(other, _)| *other != place)
-            .map(|(other, place)| (other, load(place)))
-            .min_by_key(|(_, load)| *load)?;
-        (least + 1 < load(&self.places[place])).then_some(other)
-    }
-}
-
-/// Registers entries for the kernel's queues `numbers` on the calling context, which is the one at `place`, and serves them until the
-/// connection has ended and no request is under way. `registered` is told whether the kernel took them; those that it took are served
-/// either way.
+/// Registers entries for the kernel's queues `numbers` on the calling context, which is the one at `place`, and serves them until none
+/// is left. Where a queue has entries already, so many as stand beside its number, these come by themselves. `registered` is told whether
+/// the kernel took the others; those that it took are served either way.
 pub(super) async fn serve(
     common: Arc<Common>,
     place: usize,
     device: OwnedFd,
-    numbers: Vec<u16>,
+    numbers: Vec<(u16, usize)>,
     mut inbox: mpsc::UnboundedReceiver<Message>,
     registered: oneshot::Sender<Result<(), Errno>>,
 ) {
@@ -212,14 +124,16 @@ pub(super) async fn serve(
         refused: Cell::new(None),
     });
     for queue in &share.queues {
-        share.add_entries(queue, ENTRIES);
+        if queue.entries.get() == 0 {
+            share.add_entries(queue, ENTRIES);
+        }
     }
     // A refused entry completes as it is submitted, which is in one of these turns of the loop.
     yield_now().await;
     yield_now().await;
     // The one who asked waits for it.
     let _ = registered.send(share.refused.get().map_or(Ok(()), Err));
-    while let Some(Message::Entry(parts, then)) = inbox.recv().await {
+    while let Some(Message::Entry(Held { parts, then })) = inbox.recv().await {
         let share = Rc::clone(&share);
         spawn_local(async move {
             let entry = RingEntry::new(parts, &share.device);
@@ -230,10 +144,10 @@ pub(super) async fn serve(
 }
 
 impl Queue {
-    fn new(number: u16) -> Self {
+    fn new((number, entries): (u16, usize)) -> Self {
         Self {
             number,
-            entries: Cell::new(0),
+            entries: Cell::new(entries),
             waiting: Cell::new(0),
             bytes: Cell::new(0),
         }
@@ -252,9 +166,9 @@ impl Share {
     fn add_entries(self: &Rc<Self>, queue: &Rc<Queue>, count: usize) {
         queue.entries.set(queue.entries.get() + count);
         for _ in 0..count {
-            let Some(parts) = EntryParts::new(queue.number, MAX_PAYLOAD) else {
+            let Some(parts) = EntryParts::new(queue.number) else {
                 self.refused.set(Some(Errno::ENOMEM));
-                self.common.entry_ended();
+                self.common.entry_ended(queue.number);
                 continue;
             };
             let share = Rc::clone(self);
@@ -273,15 +187,16 @@ impl Share {
             None => {
                 let Some(registered) = entry.register() else {
                     self.refused.set(Some(Errno::ENOTSUP));
-                    return self.common.entry_ended();
+                    return self.common.entry_ended(entry.queue());
                 };
                 if let Some(errno) = failure(registered.await) {
                     if errno != Errno::ENOTCONN {
                         self.refused.set(Some(errno));
                     }
-                    return self.common.entry_ended();
+                    return self.common.entry_ended(entry.queue());
                 }
             }
+            Some(Then::Receive) => {}
             Some(Then::Answer) => {
                 let incoming = Incoming::read(&mut entry);
                 touched = self.answer_large(&entry, incoming).await;
@@ -289,27 +204,32 @@ impl Share {
             // It comes back from where it was used for large requests.
             Some(Then::Commit) => touched = MAX_PAYLOAD,
         }
-        let mut has_request = then.is_none();
+        let mut has_request = matches!(then, None | Some(Then::Receive));
         let mut trim = None;
         loop {
             if has_request {
+                entry = match self.keep(entry, Then::Receive) {
+                    Some(entry) => entry,
+                    None => return,
+                };
                 self.note_arrival(&entry);
                 let incoming = Incoming::read(&mut entry);
                 if incoming.request.payload() < LARGE {
                     touched = self.answer(&entry, incoming, home).await;
                     if home.is_none() {
-                        return self.send_home(entry);
+                        return self.common.send_home(vec![entry.held(Then::Commit)]);
                     }
                 } else if let Some(other) = self.queue_large().await {
-                    return self.common.tell(
-                        &self.common.places[other],
-                        Message::Entry(entry.into_parts(), Then::Answer),
-                    );
+                    return self.common.tell(other, entry.held(Then::Answer));
                 } else {
                     touched = self.answer_large(&entry, incoming).await;
                 }
             }
             has_request = true;
+            entry = match self.keep(entry, Then::Commit) {
+                Some(entry) => entry,
+                None => return,
+            };
             let Some(committed) = entry.commit() else {
                 unreachable!("an entry is on a context with a ring");
             };
@@ -331,8 +251,19 @@ impl Share {
                 }
             };
             if failure(result).is_some() {
-                return self.common.entry_ended();
+                return self.common.entry_ended(entry.queue());
             }
+        }
+    }
+
+    /// Holds an entry where that is wanted; otherwise gives it back.
+    fn keep(&self, entry: RingEntry, then: Then) -> Option<RingEntry> {
+        if !self.common.is_holding() {
+            return Some(entry);
+        }
+        match self.common.keep(entry.held(then)) {
+            Ok(()) => None,
+            Err(Held { parts, .. }) => Some(RingEntry::new(parts, &self.device)),
         }
     }
 
@@ -349,21 +280,16 @@ impl Share {
 
     /// Puts a large request in line. Gives the context that is to answer it, if that is another one.
     async fn queue_large(&self) -> Option<usize> {
-        let places = &self.common.places;
-        places[self.place].large.fetch_add(1, Ordering::Relaxed);
+        self.common.begin_large(self.place);
         // So that those which have arrived together are all in line.
         yield_now().await;
-        let other = self.common.relief(self.place)?;
-        places[other].large.fetch_add(1, Ordering::Relaxed);
-        places[self.place].large.fetch_sub(1, Ordering::Relaxed);
-        Some(other)
+        self.common.relieve(self.place)
     }
 
     /// Answers a large request that is in line here. Gives the bytes of payload that were used.
     async fn answer_large(self: &Rc<Self>, entry: &RingEntry, incoming: Incoming) -> usize {
         let touched = self.answer(entry, incoming, None).await;
-        let place = &self.common.places[self.place];
-        place.large.fetch_sub(1, Ordering::Relaxed);
+        self.common.end_large(self.place);
         touched
     }
 
@@ -376,7 +302,7 @@ impl Share {
     ) -> usize {
         let Incoming { header, request } = incoming;
         let touched = request.payload() as usize;
-        let file_system = &self.common.session.file_system;
+        let file_system = self.common.file_system();
         let reply = match file_system.try_handle(header.nodeid, &request, entry.payload()) {
             Some(reply) => reply,
             None => {
@@ -416,18 +342,9 @@ impl Share {
     fn note_waiting(self: &Rc<Self>, queue: &Rc<Queue>, bytes: usize) {
         queue.waiting.set(queue.waiting.get() + 1);
         queue.bytes.set(queue.bytes.get() + bytes);
-        if queue.is_short() {
-            self.common.alive.fetch_add(MORE_ENTRIES, Ordering::AcqRel);
+        if queue.is_short() && self.common.expect(queue.number, MORE_ENTRIES) {
             self.add_entries(queue, MORE_ENTRIES);
         }
-    }
-
-    /// Gives an entry with a reply in it to the context that its queue belongs to.
-    fn send_home(&self, entry: RingEntry) {
-        let places = &self.common.places;
-        let home = usize::from(entry.queue()) % places.len();
-        let message = Message::Entry(entry.into_parts(), Then::Commit);
-        self.common.tell(&places[home], message);
     }
 
     /// Notes an entry that takes up much memory.

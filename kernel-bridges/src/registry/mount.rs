@@ -147,8 +147,8 @@ impl ExportRegistry {
         }
     }
 
-    /// What another process needs to serve an export's mount when this one is gone. `None` where it cannot be had: requests that
-    /// came through io_uring and are under way cannot be left to another, nor files that are open in passthrough.
+    /// What another process needs to serve an export's mount when this one is gone. `None` where it cannot be had: files that are open in
+    /// passthrough cannot be left to another. With io_uring, it is of no use unless this process [leaves](Self::hand_over) the mount.
     pub fn connection(&self, id: &str) -> Option<Connection> {
         let entry = self.find(id)?;
         let export = entry.export.borrow().clone()?;
@@ -167,16 +167,20 @@ impl ExportRegistry {
         let export = export
             .filter(|_| !entry.shutting_down.get())
             .ok_or_else(|| Error::generic(format!("export '{id}' is ending")))?;
-        let connection = export.connection().ok_or_else(|| {
-            Error::generic(
-                "the mount cannot be handed over: its requests come through io_uring, or the kernel reads its image by itself",
-            )
-            .with_hint("Mounts made with 'stord mount --keep' can be.")
+        let mut connection = export.connection().ok_or_else(|| {
+            Error::generic("the mount cannot be handed over: the kernel reads its image by itself")
+                .with_hint("Mounts made with 'stord mount --keep' can be.")
         })?;
-        entry.shutting_down.set(true);
-        entry.left.set(true);
         let stage = entry.stage.subscribe();
-        export.leave();
+        let set_leaving = |leaving| {
+            entry.shutting_down.set(leaving);
+            entry.left.set(leaving);
+        };
+        set_leaving(true);
+        if let Err(error) = export.leave(&mut connection).await {
+            set_leaving(false);
+            return Err(error);
+        }
         drop(export);
         is_gone(stage).await;
         Ok(connection)
@@ -190,7 +194,7 @@ async fn start(
     placement: &Placement,
 ) -> Result<(FuseExport, Ended), Error> {
     if let Some(connection) = connection {
-        return FuseExport::adopt(connection, &contents, &placement.contexts);
+        return FuseExport::adopt(connection, &contents, &placement.contexts).await;
     }
     let directory = matches!(options.layout, MountLayout::Directory(_));
     let options = FuseOptions {
