@@ -16,8 +16,10 @@
     reason = "raw memory shared with the kernel is this module's subject"
 )]
 
+mod exposed;
 mod shared;
 mod spare;
+mod words;
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::any::Any;
@@ -27,6 +29,7 @@ use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::sync::Arc;
 
+pub use self::exposed::ExposedMemory;
 pub use self::shared::SharedMemory;
 use self::spare::Piece;
 

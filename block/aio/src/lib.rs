@@ -32,7 +32,7 @@ pub mod time;
 mod timers;
 mod uring_cmd;
 
-pub use buffer::{IoBuffer, SharedMemory};
+pub use buffer::{ExposedMemory, IoBuffer, SharedMemory};
 pub use context::{Context, ContextConfig, ContextGone, MAX_CONTEXTS, add_spinner, current_index};
 pub use executor::{is_quiet, spawn_local, submit_now, turns, yield_now};
 pub use fences::Fences;

@@ -1,11 +1,13 @@
 //! Buffers and lists of buffers.
 
+use std::os::unix::fs::FileExt as _;
 use std::panic::catch_unwind;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 
-use stord_aio::{IoBuffer, IoVec, SharedMemory};
+use stord_aio::{ExposedMemory, IoBuffer, IoVec, SharedMemory};
 
 fn list(parts: &[&[u8]]) -> IoVec {
     let mut list = IoVec::new();
@@ -180,4 +182,26 @@ fn lists_can_be_joined() {
     assert_eq!(all.to_vec(), b"abcdef");
     let collected: IoVec = all.buffers().iter().rev().cloned().collect();
     assert_eq!(collected.to_vec(), b"efcdab");
+}
+
+#[test]
+fn exposed_memory_is_the_files_and_cannot_be_taken_away() {
+    let memory = ExposedMemory::new(c"test", 8192).unwrap();
+    let buffer = memory.buffer();
+    assert!(buffer.len() == 8192 && buffer.is_zero());
+    buffer.store_u16(4096, 0x1234, Ordering::Release);
+    let file = std::fs::File::from(memory.file().try_clone_to_owned().unwrap());
+    let mut bytes = [0; 2];
+    file.read_exact_at(&mut bytes, 4096).unwrap();
+    assert_eq!(bytes, [0x34, 0x12]);
+    file.write_all_at(&[1, 2, 3, 4], 8).unwrap();
+    assert_eq!(buffer.load_u32(8, Ordering::Acquire), 0x0403_0201);
+    assert!(file.set_len(0).is_err() && file.set_len(1 << 20).is_err());
+    assert!(catch_unwind(|| memory.buffer().load_u16(8191, Ordering::Relaxed)).is_err());
+    assert!(catch_unwind(|| memory.buffer().load_u32(6, Ordering::Relaxed)).is_err());
+    // Others may have the pages still, so they are not given back.
+    buffer.release(0..8192);
+    assert_eq!(buffer.load_u16(4096, Ordering::Acquire), 0x1234);
+    drop(memory);
+    assert_eq!(buffer.load_u16(4096, Ordering::Acquire), 0x1234);
 }
