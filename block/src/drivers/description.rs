@@ -14,6 +14,7 @@ use crate::graph::Node;
 /// Options that decide about the content.
 const STRONG: &[&str] = &[
     "filename",
+    "path",
     "offset",
     "size",
     "read-zeroes",

@@ -181,6 +181,26 @@ impl Graph {
                     let driver = Driver::Protocol(Box::new(driver));
                     Ok(self.add_leaf(name, driver, node_options, read_only, &options))
                 }
+                BlockdevDriver::IoUring(uring) => {
+                    let opened = protocol::file::open(
+                        &self.contexts,
+                        driver_name,
+                        protocol::file::by_io_uring(uring),
+                        node_options.clone(),
+                    )
+                    .await?;
+                    let read_only = opened.is_read_only();
+                    let driver = Driver::Protocol(Box::new(opened));
+                    Ok(self.add_leaf(name, driver, node_options, read_only, &options))
+                }
+                BlockdevDriver::VirtioBlkVhostUser(device) => {
+                    let main = self.contexts.main();
+                    let driver =
+                        protocol::blkio::VirtioBlk::open(device, &node_options, &main).await?;
+                    let read_only = node_options.read_only || driver.is_read_only();
+                    let driver = Driver::Protocol(Box::new(driver));
+                    Ok(self.add_leaf(name, driver, node_options, read_only, &options))
+                }
                 BlockdevDriver::NullCo(null) | BlockdevDriver::NullAio(null) => {
                     let read_only = node_options.read_only;
                     let driver = protocol::null::Null::open(null)?;

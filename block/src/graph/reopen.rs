@@ -220,9 +220,11 @@ impl Graph {
             }
             BlockdevDriver::File(_)
             | BlockdevDriver::HostDevice(_)
+            | BlockdevDriver::IoUring(_)
             | BlockdevDriver::Nbd(_)
             | BlockdevDriver::NullCo(_)
-            | BlockdevDriver::NullAio(_) => {}
+            | BlockdevDriver::NullAio(_)
+            | BlockdevDriver::VirtioBlkVhostUser(_) => {}
         }
         let named = node.children().edges().iter().zip(&children);
         for (edge, child) in named.filter_map(|(edge, child)| Some((edge, child.as_ref()?))) {

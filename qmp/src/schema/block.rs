@@ -64,6 +64,9 @@ pub enum BlockdevDriver {
     /// A block device of the host.
     #[qapi(rename = "host_device")]
     HostDevice(BlockdevOptionsFile),
+    /// A file or block device of the host, by io_uring.
+    #[qapi(rename = "io_uring")]
+    IoUring(BlockdevOptionsIoUring),
     /// A disk that an NBD server has.
     Nbd(BlockdevOptionsNbd),
     /// Discards what is written, completing later.
@@ -74,6 +77,8 @@ pub enum BlockdevDriver {
     Qcow2(BlockdevOptionsQcow2),
     /// The bytes of another node, or a part of them.
     Raw(BlockdevOptionsRaw),
+    /// A disk that a vhost-user back end has.
+    VirtioBlkVhostUser(BlockdevOptionsVirtioBlkVhostUser),
 }
 
 /// What happens to discard requests.
@@ -159,6 +164,22 @@ impl BlockdevOptionsFile {
             x_check_cache_dropped: None,
         }
     }
+}
+
+/// Options of `io_uring`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockdevOptionsIoUring {
+    /// The path.
+    pub filename: String,
+}
+
+/// Options of `virtio-blk-vhost-user`.
+#[derive(Clone, Debug, PartialEq, Eq, Qapi)]
+pub struct BlockdevOptionsVirtioBlkVhostUser {
+    /// The path of the socket that the back end listens at.
+    pub path: String,
+    /// When the back end goes, requests wait so many seconds for it to come back, then fail; default 0. Ours.
+    pub reconnect_delay: Option<u32>,
 }
 
 /// Options of `nbd`.

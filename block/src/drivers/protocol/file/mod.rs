@@ -1,4 +1,4 @@
-//! `file` and `host_device`: a file of the host's, read and written by the context's own I/O.
+//! `file`, `host_device` and `io_uring`: a file of the host's, read and written by the context's own I/O.
 //!
 //! - The file is opened once by its name. What needs another access mode later opens the same file again through its descriptor, so
 //!   that a mount over the name, or another file under it, changes nothing.
@@ -35,7 +35,7 @@ use stord_qmp::schema::statistics::BlockStatsSpecificFile;
 use crate::driver::{BlockStatus, IoFuture, Limits, Protocol, ZeroFlags};
 use crate::graph::{NodeOptions, Permissions};
 
-pub(crate) use open::open;
+pub(crate) use open::{by_io_uring, open};
 
 /// The `file` and `host_device` drivers.
 pub struct FileDriver {

@@ -11,7 +11,7 @@ use nix::unistd::{Whence, lseek};
 use stord_aio::{Engine, Errno, File, pool};
 use stord_qmp::Error;
 use stord_qmp::schema::block::{
-    BlockdevAioOptions, BlockdevDriver, BlockdevOptionsFile, OnOffAuto,
+    BlockdevAioOptions, BlockdevDriver, BlockdevOptionsFile, BlockdevOptionsIoUring, OnOffAuto,
 };
 use stord_sockets::fdset::Unopenable;
 
@@ -33,6 +33,14 @@ pub(crate) async fn open(
         .run(move || pool::run(move || open_here(driver_name, &options, &node)))
         .await
         .map_err(|gone| Error::generic(gone.to_string()))?
+}
+
+/// The options of `file` that do what the `io_uring` driver is asked for.
+pub(crate) fn by_io_uring(options: &BlockdevOptionsIoUring) -> BlockdevOptionsFile {
+    BlockdevOptionsFile {
+        aio: Some(BlockdevAioOptions::IoUring),
+        ..BlockdevOptionsFile::new(options.filename.clone())
+    }
 }
 
 /// Opens the file that `fd` is open on once more, whatever its name leads to by now.
@@ -115,8 +123,14 @@ pub(super) fn reopened(
     driver: &BlockdevDriver,
     node: &NodeOptions,
 ) -> Result<FileDriver, Error> {
-    let (BlockdevDriver::File(options) | BlockdevDriver::HostDevice(options)) = driver else {
-        return Err(cannot_change("driver"));
+    let uring;
+    let options = match driver {
+        BlockdevDriver::File(options) | BlockdevDriver::HostDevice(options) => options,
+        BlockdevDriver::IoUring(options) => {
+            uring = by_io_uring(options);
+            &uring
+        }
+        _ => return Err(cannot_change("driver")),
     };
     if options.filename != old.filename {
         return Err(cannot_change("filename"));
@@ -228,6 +242,10 @@ fn check_kind(driver_name: &str, filename: &str, mode: u32) -> Result<bool, Erro
     let is_device = kind == SFlag::S_IFBLK || kind == SFlag::S_IFCHR;
     let (fits, wanted) = match driver_name {
         "host_device" => (is_device, "either a character or block device"),
+        "io_uring" => (
+            kind == SFlag::S_IFREG || kind == SFlag::S_IFBLK,
+            "either a regular file or a block device",
+        ),
         _ => (kind == SFlag::S_IFREG, "a regular file"),
     };
     if !fits {
