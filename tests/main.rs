@@ -35,5 +35,6 @@ mod snapshots;
 mod takeover;
 mod tls;
 mod vhost_user;
+mod vhost_user_client;
 mod vm;
 mod writes;

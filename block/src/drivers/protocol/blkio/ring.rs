@@ -299,3 +299,6 @@ impl Ring {
         (self.in_flight == 0 && self.next_used == self.next_available).then_some(self.next_used)
     }
 }
+
+#[cfg(test)]
+mod tests;
