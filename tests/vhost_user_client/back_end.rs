@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
+/// The length of the disk, in sectors.
 pub const SECTORS: u64 = 2048;
 const VERSION_1: u64 = 1 << 32;
 const PROTOCOL: u64 = 1 << 30;
@@ -143,10 +144,7 @@ impl Connection {
     fn serve(mut self) -> std::io::Result<()> {
         loop {
             let kicked = {
-                let mut fds = vec![PollFd::new(
-                    self.stream.as_fd(),
-                    PollFlags::POLLIN,
-                )];
+                let mut fds = vec![PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
                 if let Some(kick) = &self.kick {
                     fds.push(PollFd::new(kick.as_fd(), PollFlags::POLLIN));
                 }

@@ -180,7 +180,10 @@ fn what_does_not_matter_is_not_looked_at() {
     }
     // Whatever is not a good status is none.
     let scratch = Scratch::in_memory();
-    start(&scratch.path("in.sock"), vec![Behaviour::with(Deed::Status(77))]);
+    start(
+        &scratch.path("in.sock"),
+        vec![Behaviour::with(Deed::Status(77))],
+    );
     let passing = Passing::start(&scratch, &[], "");
     assert!(passing.io(&["read 0 4k"]).contains("Input/output error"));
     passing.daemon.stop();

@@ -99,10 +99,7 @@ impl Passing {
 }
 
 fn copy(from: &str, to: &str) {
-    run_ok(
-        "nbdcopy",
-        &["--connections=4", "--requests=32", from, to],
-    );
+    run_ok("nbdcopy", &["--connections=4", "--requests=32", from, to]);
 }
 
 #[test]
@@ -203,13 +200,22 @@ fn what_cannot_be_opened_is_refused_in_the_references_words() {
                 "--blockdev",
                 &node(&scratch, options),
                 "--nbd-server",
-                &format!("addr.type=unix,addr.path={}", scratch.path("out.sock").display()),
+                &format!(
+                    "addr.type=unix,addr.path={}",
+                    scratch.path("out.sock").display()
+                ),
                 "--export",
                 "type=nbd,id=e,node-name=disk,name=out",
             ],
         );
-        let uri = format!("nbd+unix:///out?socket={}", scratch.path("out.sock").display());
-        let said = run("qemu-io", &["-r", "-f", "raw", "-c", "read -P 1 0 1M", &uri]);
+        let uri = format!(
+            "nbd+unix:///out?socket={}",
+            scratch.path("out.sock").display()
+        );
+        let said = run(
+            "qemu-io",
+            &["-r", "-f", "raw", "-c", "read -P 1 0 1M", &uri],
+        );
         assert!(said.stdout.contains("read 1048576/1048576"), "{said:?}");
         daemon.stop();
     }
@@ -314,7 +320,11 @@ fn whatever_is_done_to_the_disk_is_done_to_the_back_ends() {
     daemon.stop();
     back_end.stop();
     qemu::assert_clean(&image);
-    assert_same("the image", &qemu::content(&scratch, &image, "qcow2"), &model);
+    assert_same(
+        "the image",
+        &qemu::content(&scratch, &image, "qcow2"),
+        &model,
+    );
 }
 
 #[test]
@@ -376,7 +386,10 @@ fn the_io_uring_driver_reads_and_writes_files() {
         &scratch,
         &[
             "--blockdev",
-            &format!("driver=io_uring,node-name=disk,filename={}", image.display()),
+            &format!(
+                "driver=io_uring,node-name=disk,filename={}",
+                image.display()
+            ),
             "--nbd-server",
             &format!("addr.type=unix,addr.path={}", socket.display()),
             "--export",
@@ -391,12 +404,15 @@ fn the_io_uring_driver_reads_and_writes_files() {
     assert_eq!(fs::read(&image).unwrap()[4096..12288], [2; 8192]);
     let ended = run_to_end(
         &scratch,
-        &["--blockdev", "driver=io_uring,node-name=disk,filename=/dev/null"],
+        &[
+            "--blockdev",
+            "driver=io_uring,node-name=disk,filename=/dev/null",
+        ],
     );
     assert!(
-        ended
-            .stderr
-            .contains("'io_uring' driver requires '/dev/null' to be either a regular file or a block device"),
+        ended.stderr.contains(
+            "'io_uring' driver requires '/dev/null' to be either a regular file or a block device"
+        ),
         "{}",
         ended.stderr
     );

@@ -33,7 +33,6 @@ bitflags! {
         /// Vhost-user's own: there are protocol features.
         const PROTOCOL = 1 << 30;
         const VERSION_1 = 1 << 32;
-        const ACCESS_PLATFORM = 1 << 33;
     }
 }
 
@@ -101,8 +100,7 @@ pub(super) enum Unfit {
 /// # Errors
 /// It cannot be one.
 pub(super) fn capacity(config: &[u8]) -> Result<u64, Unfit> {
-    let (config, _) =
-        Config::read_from_prefix(config).map_err(|_| Unfit::Short(config.len()))?;
+    let (config, _) = Config::read_from_prefix(config).map_err(|_| Unfit::Short(config.len()))?;
     let sectors = config.capacity.get();
     sectors
         .checked_mul(SECTOR)
@@ -179,6 +177,7 @@ impl Terms {
     pub(super) fn allow(&self, other: &Self) -> bool {
         other.capacity >= self.capacity
             && (self.is_read_only || !other.is_read_only)
+            && (self.has_cache || !other.has_cache)
             && other.limits == self.limits
     }
 }
@@ -205,7 +204,10 @@ mod tests {
     #[test]
     fn what_cannot_be_a_disk_is_refused() {
         let of = |features, set: &[(usize, u32)]| Terms::of(features, &config(set));
-        assert_eq!(Terms::of(Features::empty(), &[0; 59]), Err(Unfit::Short(59)));
+        assert_eq!(
+            Terms::of(Features::empty(), &[0; 59]),
+            Err(Unfit::Short(59))
+        );
         assert_eq!(
             of(Features::empty(), &[(4, 0x0040_0000)]),
             Err(Unfit::Capacity(0x0040_0000_0000_0000))
@@ -220,7 +222,10 @@ mod tests {
                 Err(Unfit::BlockSize(size))
             );
         }
-        assert_eq!(of(Features::SIZE_MAX, &[(8, 511)]), Err(Unfit::Segment(511)));
+        assert_eq!(
+            of(Features::SIZE_MAX, &[(8, 511)]),
+            Err(Unfit::Segment(511))
+        );
         assert_eq!(of(Features::MQ, &[]), Err(Unfit::NoQueue));
     }
 

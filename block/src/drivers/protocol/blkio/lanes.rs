@@ -158,10 +158,7 @@ impl Lanes {
     }
 
     /// Makes a request for which this context has no queue yet.
-    async fn request_anywhere(
-        self: &Arc<Self>,
-        ask: &Ask,
-    ) -> Result<Result<(), Failure>, Errno> {
+    async fn request_anywhere(self: &Arc<Self>, ask: &Ask) -> Result<Result<(), Failure>, Errno> {
         let session = self.session().await?;
         if let Some(lane) = self.take_queue(&session) {
             return Ok(lane.queue.request(ask).await);
@@ -351,10 +348,11 @@ impl Lanes {
             match self.reconnect().await {
                 Some(connected) => {
                     (socket, asked) = self.install(connected);
-                    tracing::info!(
-                        "the vhost-user back end at '{}' is there again",
-                        self.path
-                    );
+                    // The node may have closed before there was anything to lose.
+                    if self.is_closed.load(Ordering::Acquire) {
+                        self.close();
+                    }
+                    tracing::info!("the vhost-user back end at '{}' is there again", self.path);
                 }
                 None => return,
             }

@@ -135,7 +135,9 @@ pub(super) fn config_of(payload: &[u8], len: usize) -> io::Result<&[u8]> {
     }
     match ConfigRange::read_from_prefix(payload) {
         Ok((range, config)) if range == config_range(len) && config.len() == len => Ok(config),
-        _ => Err(unfit("the back end told something else than its configuration")),
+        _ => Err(unfit(
+            "the back end told something else than its configuration",
+        )),
     }
 }
 

@@ -61,9 +61,11 @@ impl VirtioBlk {
         main: &Context,
     ) -> Result<Self, Error> {
         if !node.direct {
-            return Err(Error::generic("cache.direct=off is not supported").with_hint(
-                "the page cache has no part in this: open the node with 'cache.direct=on'",
-            ));
+            return Err(
+                Error::generic("cache.direct=off is not supported").with_hint(
+                    "the page cache has no part in this: open the node with 'cache.direct=on'",
+                ),
+            );
         }
         let path = options.path.clone();
         let connected = pool::run(move || vhost_user::connect(&path))
@@ -236,12 +238,7 @@ impl Protocol for VirtioBlk {
     }
 
     /// The device's length cannot be changed from here; a node can take over the one that the device has by now.
-    fn truncate<'a>(
-        &'a self,
-        size: u64,
-        exact: bool,
-        preallocation: PreallocMode,
-    ) -> IoFuture<'a> {
+    fn truncate<'a>(&'a self, size: u64, exact: bool, preallocation: PreallocMode) -> IoFuture<'a> {
         Box::pin(async move {
             if preallocation != PreallocMode::Off {
                 return Err(Errno::ENOTSUP);

@@ -278,7 +278,10 @@ impl Queue {
             let wants_to_know = self.ring.borrow_mut().publish();
             if wants_to_know {
                 // Not by a plain write(2), which the device could make wait. A counter that is full says it, too.
-                let _ = self.kick.write(one.clone()).await;
+                match self.kick.write(one.clone()).await {
+                    Ok(_) | Err(Errno::EAGAIN) => {}
+                    Err(errno) => tracing::warn!(%errno, "a back end cannot be told of requests"),
+                }
             }
             self.wake_teller.notified().await;
         }

@@ -262,8 +262,7 @@ impl Ring {
         self.in_flight -= 1;
         self.next_used = self.next_used.wrapping_add(1);
         let mut status = [NO_STATUS];
-        self.memory
-            .read_at(self.place(place) + STATUS, &mut status);
+        self.memory.read_at(self.place(place) + STATUS, &mut status);
         Ok(Some((place, status[0])))
     }
 

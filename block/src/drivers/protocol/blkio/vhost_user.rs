@@ -119,8 +119,7 @@ fn agree(dialogue: &mut Dialogue) -> io::Result<Agreed> {
         return Err(unfit("Backend doesn't support PROTOCOL_FEATURES"));
     }
     let device = offered & WANTED;
-    let offered =
-        ProtocolFeatures::from_bits_retain(dialogue.ask(Request::GetProtocolFeatures)?);
+    let offered = ProtocolFeatures::from_bits_retain(dialogue.ask(Request::GetProtocolFeatures)?);
     let protocol = offered & ProtocolFeatures::all();
     if !protocol.contains(ProtocolFeatures::CONFIG) {
         return Err(unfit("Backend doesn't support required protocol features"));
