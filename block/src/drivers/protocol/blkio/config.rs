@@ -126,10 +126,10 @@ impl Terms {
         if !block.is_power_of_two() || !(512..=MAX_BLOCK).contains(&block) {
             return Err(Unfit::BlockSize(block));
         }
-        let segment = if has(Features::SIZE_MAX) {
-            config.size_max.get()
-        } else {
-            MAX_TRANSFER
+        // QEMU's back end has a limit and leaves it at 0.
+        let segment = match config.size_max.get() {
+            limit if has(Features::SIZE_MAX) && limit > 0 => limit,
+            _ => MAX_TRANSFER,
         };
         // All data of a request is one segment.
         let max_transfer = segment.min(MAX_TRANSFER) / block * block;
