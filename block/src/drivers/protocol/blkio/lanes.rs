@@ -21,7 +21,7 @@ use stord_aio::sync::{Notify, mpsc, oneshot};
 use stord_aio::{Context, Errno, ExposedMemory, IoBuffer, pool, time};
 
 use super::config::{Terms, capacity};
-use super::control::{Watch, watch};
+use super::control::{Watch, Wires, watch};
 use super::queue::{Ask, End, Failure, Queue};
 use super::ring::Shape;
 use super::vhost_user::{Connected, Vacant, connect};
@@ -112,10 +112,10 @@ impl Lanes {
             closing: Notify::new(),
             changed: Notify::new(),
         });
-        let (socket, asked) = lanes.install(first);
+        let wires = lanes.install(first);
         let watching = Arc::clone(&lanes);
         // Starts without being awaited, and ends when the node closes or the context stops.
-        drop(main.run(move || async move { watching.supervise(socket, asked).await }));
+        drop(main.run(move || async move { watching.supervise(wires).await }));
         lanes
     }
 
@@ -287,16 +287,11 @@ impl Lanes {
     }
 
     /// Makes a connection the one that requests take. Gives what has to be watched.
-    fn install(
-        &self,
-        connected: Connected,
-    ) -> (
-        UnixStream,
-        mpsc::UnboundedReceiver<oneshot::Sender<Vec<u8>>>,
-    ) {
+    fn install(&self, connected: Connected) -> Wires {
         let (asks, asked) = mpsc::unbounded_channel();
         let Connected {
             socket,
+            channel,
             shape,
             memory,
             mut queues,
@@ -318,17 +313,17 @@ impl Lanes {
         });
         lock(&self.state).session = Some(session);
         self.changed.notify_waiters();
-        (socket, asked)
+        Wires {
+            socket,
+            channel,
+            asked,
+        }
     }
 
     /// Watches the connection, and makes it again when it is lost.
-    async fn supervise(
-        self: Arc<Self>,
-        mut socket: UnixStream,
-        mut asked: mpsc::UnboundedReceiver<oneshot::Sender<Vec<u8>>>,
-    ) {
+    async fn supervise(self: Arc<Self>, mut wires: Wires) {
         loop {
-            let end = watch(socket, asked).await;
+            let end = watch(wires).await;
             let session = lock(&self.state).session.clone();
             if let Some(session) = session {
                 self.lose(&session);
@@ -347,7 +342,7 @@ impl Lanes {
             );
             match self.reconnect().await {
                 Some(connected) => {
-                    (socket, asked) = self.install(connected);
+                    wires = self.install(connected);
                     // The node may have closed before there was anything to lose.
                     if self.is_closed.load(Ordering::Acquire) {
                         self.close();

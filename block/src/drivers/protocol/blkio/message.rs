@@ -24,6 +24,7 @@ bitflags! {
     pub(super) struct ProtocolFeatures: u64 {
         const MQ = 1 << 0;
         const REPLY_ACK = 1 << 3;
+        const BACKEND_REQ = 1 << 5;
         const CONFIG = 1 << 9;
     }
 }
@@ -45,8 +46,12 @@ pub(super) enum Request {
     SetProtocolFeatures = 16,
     GetQueueNumber = 17,
     EnableRing = 18,
+    SetBackendChannel = 21,
     GetConfig = 24,
 }
+
+/// What a back end says by itself when its configuration has changed.
+pub(super) const CONFIG_CHANGED: u32 = 2;
 
 /// What every message begins with.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -60,9 +65,30 @@ pub(super) struct Header {
 impl Header {
     /// The length of the payload; `None` where this is no answer.
     pub(super) fn answer(&self) -> Option<usize> {
+        self.payload(IS_REPLY)
+    }
+
+    /// The length of the payload; `None` where this is nothing that a back end says by itself.
+    pub(super) fn notice(&self) -> Option<usize> {
+        self.payload(0)
+    }
+
+    fn payload(&self, kind: u32) -> Option<usize> {
         let size = usize::try_from(self.size).ok()?;
-        let is_fit = self.flags & VERSION_MASK == VERSION && self.flags & IS_REPLY != 0;
+        let is_fit = self.flags & VERSION_MASK == VERSION && self.flags & IS_REPLY == kind;
         (is_fit && size <= MAX_PAYLOAD).then_some(size)
+    }
+
+    /// What is to be said to the sender, if it wants to know whether the message was understood.
+    pub(super) fn acknowledgement(&self, understood: bool) -> Option<Vec<u8>> {
+        let header = Header {
+            request: self.request,
+            flags: VERSION | IS_REPLY,
+            size: 8,
+        };
+        let mut message = header.as_bytes().to_vec();
+        message.extend_from_slice(&u64::from(!understood).to_ne_bytes());
+        (self.flags & NEEDS_REPLY != 0).then_some(message)
     }
 }
 

@@ -47,6 +47,8 @@ const WANTED: Features = Features::SIZE_MAX
 /// A back end that is ready for requests.
 pub(super) struct Connected {
     pub(super) socket: UnixStream,
+    /// By which the back end says something by itself.
+    pub(super) channel: Option<UnixStream>,
     pub(super) terms: Terms,
     pub(super) shape: Shape,
     pub(super) memory: Arc<ExposedMemory>,
@@ -86,6 +88,14 @@ pub(super) fn connect(path: &str) -> io::Result<Connected> {
     if limit == 0 {
         return Err(unfit("the back end has no queue"));
     }
+    // QEMU's back end ends the connection when its disk changes and there is no such channel.
+    let channel = if agreed.channel {
+        let (ours, theirs) = UnixStream::pair()?;
+        dialogue.tell(Request::SetBackendChannel, &[0_u8; 0], Some(theirs.as_fd()))?;
+        Some(ours)
+    } else {
+        None
+    };
     let count = usize::from(limit.min(MAX_QUEUES));
     let memory = share_memory(&dialogue, count)?;
     let queues: io::Result<Vec<_>> = (0..count).map(|index| start(&dialogue, index)).collect();
@@ -94,6 +104,7 @@ pub(super) fn connect(path: &str) -> io::Result<Connected> {
     dialogue.socket.set_write_timeout(None)?;
     Ok(Connected {
         socket: dialogue.socket,
+        channel,
         terms,
         shape: Shape {
             indirect: agreed.device.contains(Features::RING_INDIRECT_DESC),
@@ -107,6 +118,7 @@ pub(super) fn connect(path: &str) -> io::Result<Connected> {
 struct Agreed {
     device: Features,
     multiqueue: bool,
+    channel: bool,
 }
 
 fn agree(dialogue: &mut Dialogue) -> io::Result<Agreed> {
@@ -130,6 +142,7 @@ fn agree(dialogue: &mut Dialogue) -> io::Result<Agreed> {
     Ok(Agreed {
         device,
         multiqueue: protocol.contains(ProtocolFeatures::MQ),
+        channel: protocol.contains(ProtocolFeatures::BACKEND_REQ),
     })
 }
 
