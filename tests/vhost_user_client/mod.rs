@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::needs;
-use crate::support::daemon::{Daemon, run_to_end};
+use crate::support::daemon::{Daemon, program, run_to_end};
 use crate::support::disk::{MIB, Writer, assert_mount_is};
 use crate::support::model::{assert_same, noise};
 use crate::support::run::{limited, run, run_ok};
@@ -21,6 +21,17 @@ const BYTES: usize = 32 * MIB;
 
 /// QEMU's daemon with an image as a vhost-user disk at `in.sock`.
 fn qemu_back_end(scratch: &Scratch, image: &Path, format: &str, export: &str) -> Daemon {
+    let program = Command::new("qemu-storage-daemon");
+    back_end_of(scratch, program, image, format, export)
+}
+
+fn back_end_of(
+    scratch: &Scratch,
+    program: Command,
+    image: &Path,
+    format: &str,
+    export: &str,
+) -> Daemon {
     let args = [
         "--blockdev".to_owned(),
         format!(
@@ -39,7 +50,7 @@ fn qemu_back_end(scratch: &Scratch, image: &Path, format: &str, export: &str) ->
     ];
     // A killed one leaves its socket.
     let _ = fs::remove_file(scratch.path("in.sock"));
-    Daemon::start_as(scratch, Command::new("qemu-storage-daemon"), &args)
+    Daemon::start_as(scratch, program, &args)
 }
 
 /// The options of a node named `disk` on the back end at `in.sock`.
@@ -122,18 +133,23 @@ fn what_is_written_arrives_over_one_queue_and_several() {
         "--object",
         "iothread,id=c",
     ];
-    // One queue for one context; one for three, so that requests are carried over; two for three; four.
-    for (queues, block, before) in [
-        (1, 512, &threads[..0]),
-        (1, 512, &threads[..]),
-        (2, 4096, &threads[..]),
-        (4, 512, &threads[..]),
+    let qemu = PathBuf::from("qemu-storage-daemon");
+    // One queue for one context; one for three, so that requests are carried over; two for three; four. Then our own back end.
+    for (program, queues, block, before) in [
+        (&qemu, 1, 512, &threads[..0]),
+        (&qemu, 1, 512, &threads[..]),
+        (&qemu, 2, 4096, &threads[..]),
+        (&qemu, 4, 512, &threads[..]),
+        (&program(), 1, 512, &threads[..0]),
+        (&program(), 2, 512, &threads[..]),
+        (&program(), 4, 4096, &threads[..]),
     ] {
         let scratch = Scratch::in_memory();
         let image = scratch.path("disk.qcow2");
         qemu::create(&image, BYTES as u64, "");
         let export = format!(",writable=on,num-queues={queues},logical-block-size={block}");
-        let back_end = qemu_back_end(&scratch, &image, "qcow2", &export);
+        let program = Command::new(program);
+        let back_end = back_end_of(&scratch, program, &image, "qcow2", &export);
         let passing = Passing::start(&scratch, before, "");
         let mut content = marked(queues);
         let source = scratch.file("source", &content);

@@ -346,8 +346,9 @@ impl Lanes {
                     // The node may have closed before there was anything to lose.
                     if self.is_closed.load(Ordering::Acquire) {
                         self.close();
+                        continue;
                     }
-                    tracing::info!("the vhost-user back end at '{}' is there again", self.path);
+                    tracing::warn!("the vhost-user back end at '{}' is there again", self.path);
                 }
                 None => return,
             }

@@ -5,6 +5,9 @@ use crate::testing::Random;
 
 const BASE: u64 = 0x1_0000_0000;
 
+/// Address, length and flags of each part of a request.
+type Chain = Vec<(usize, u32, u16)>;
+
 struct Device {
     memory: IoBuffer,
     seen: u16,
@@ -18,8 +21,8 @@ impl Device {
         u64::from_le_bytes(bytes)
     }
 
-    /// The next request: its head, and address, length and flags of its parts.
-    fn next(&mut self) -> Option<(u16, Vec<(usize, u32, u16)>)> {
+    /// The next request: its head and its parts.
+    fn next(&mut self) -> Option<(u16, Chain)> {
         if self.memory.load_u16(AVAILABLE + INDEX, Ordering::Acquire) == self.seen {
             return None;
         }
