@@ -54,13 +54,20 @@ fn end_mount(args: &UmountArgs, registry: &Registry) -> Result<String, Error> {
     let target = absolute(&args.target);
     let shown = args.target.display();
     let (alive, dead) = find(&target, registry);
+    if let Some(found) = alive.iter().chain(&dead).find(|f| f.entry.device.is_some()) {
+        let device = found.entry.at.display();
+        return Err(
+            Error::generic(format!("'{shown}' is attached as '{device}', not mounted"))
+                .with_hint(format!("Detach it with: stord detach '{device}'")),
+        );
+    }
     match alive.as_slice() {
         [] => {}
         [one] => return end_daemon(args, one),
         several => {
             let list = several
                 .iter()
-                .map(|f| format!("'{}'", f.entry.mountpoint.display()));
+                .map(|f| format!("'{}'", f.entry.at.display()));
             let list: Vec<String> = list.collect();
             return Err(
                 Error::generic(format!("'{shown}' is mounted more than once"))
@@ -70,7 +77,7 @@ fn end_mount(args: &UmountArgs, registry: &Registry) -> Result<String, Error> {
     }
     let mut cleaned = false;
     for found in &dead {
-        let mountpoint = &found.entry.mountpoint;
+        let mountpoint = &found.entry.at;
         if mount_at(mountpoint).is_some_and(|mount| mount.is_ours()) && is_dead(mountpoint) {
             clean(mountpoint, registry)?;
         }
@@ -96,7 +103,7 @@ fn find(target: &Path, registry: &Registry) -> (Vec<Found>, Vec<Found>) {
         let (alive, dead): (Vec<_>, Vec<_>) = found.partition(Found::is_alive);
         // A mount that answers though its daemon is dead has just been taken over by another.
         let is_taken_over = |found: &Found| {
-            let mountpoint = &found.entry.mountpoint;
+            let mountpoint = &found.entry.at;
             mount_at(mountpoint).is_some_and(|mount| mount.is_ours()) && !is_dead(mountpoint)
         };
         if !alive.is_empty() || !dead.iter().any(is_taken_over) || Instant::now() > deadline {
@@ -108,7 +115,7 @@ fn find(target: &Path, registry: &Registry) -> (Vec<Found>, Vec<Found>) {
 
 /// Ends a mount that a daemon of this user serves.
 fn end_daemon(args: &UmountArgs, found: &Found) -> Result<String, Error> {
-    let mountpoint = &found.entry.mountpoint;
+    let mountpoint = &found.entry.at;
     if mount_at(mountpoint).is_some_and(|mount| mount.is_ours()) {
         take_away(args, mountpoint)?;
     }

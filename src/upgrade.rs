@@ -52,10 +52,10 @@ pub fn run(argv0: &OsStr, args: &UpgradeArgs) -> ExitCode {
 
 fn find(args: &UpgradeArgs, registry: &Registry) -> Result<Vec<Found>, Error> {
     let found = match &args.target {
-        None => registry.list(),
+        None => registry.mounts(),
         Some(target) => match target.parse::<u32>() {
             Ok(pid) => {
-                let list = registry.list().into_iter();
+                let list = registry.mounts().into_iter();
                 list.filter(|found| found.entry.pid == pid).collect()
             }
             Err(_) => registry.find(&absolute(Path::new(target))),
@@ -73,7 +73,13 @@ fn find(args: &UpgradeArgs, registry: &Registry) -> Result<Vec<Found>, Error> {
 
 fn upgrade(argv0: &OsStr, mount: &Found, registry: &Registry) -> Result<String, Error> {
     let entry = &mount.entry;
-    let shown = entry.mountpoint.display();
+    let shown = entry.at.display();
+    if entry.device.is_some() {
+        return Err(Error::generic(format!(
+            "'{shown}' is a device, whose daemon cannot be replaced"
+        ))
+        .with_hint("Detach it, and attach it again."));
+    }
     let failed = |error: std::io::Error| {
         let reason = reason(&error);
         Error::generic(format!(
@@ -91,7 +97,7 @@ fn upgrade(argv0: &OsStr, mount: &Found, registry: &Registry) -> Result<String, 
         .arg0(argv0)
         .args(["mount", "--take-over"])
         .arg(&entry.image)
-        .arg(&entry.mountpoint)
+        .arg(&entry.at)
         .stdin(OwnedFd::from(channel.into_stream()))
         .stdout(Stdio::piped())
         .spawn()

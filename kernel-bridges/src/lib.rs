@@ -3,6 +3,7 @@
 //! [`ExportRegistry`] adds, removes and lists them, on the control thread. An export sees the block layer as a
 //! [`stord_block::Backend`] and never a driver; each of its queues is a set of local tasks on one I/O context.
 
+pub mod devices;
 mod export;
 mod fuse;
 pub mod mount_table;
@@ -18,5 +19,7 @@ mod vhost_user;
 mod virtio;
 
 pub use fuse::Connection;
-pub use registry::{DirectoryFile, ExportEvent, ExportRegistry, MountExport, MountLayout};
+pub use registry::{
+    DirectoryFile, ExportEvent, ExportRegistry, MountExport, MountLayout, NbdLink, NbdLinkOptions,
+};
 pub use state_directory::StateDirectory;

@@ -31,6 +31,7 @@ use crate::fuse::{
 use crate::nbd::NbdServer;
 
 pub use mount::{DirectoryFile, MountExport, MountLayout};
+pub use nbd::{NbdLink, NbdLinkOptions};
 
 /// So many contexts serve an export that names none.
 const DEFAULT_QUEUES: usize = 2;

@@ -5,7 +5,7 @@ use stord_qmp::schema::node_info::ImageInfo;
 
 use super::MountArgs;
 use super::guess::Format;
-use super::plan::{IMAGE_NODE, Layout, Plan, partition_node};
+use super::plan::{IMAGE_NODE, Layout, Plan};
 use crate::daemon::Daemon;
 use crate::report::{self, Origin};
 
@@ -27,10 +27,7 @@ pub async fn announce(daemon: &Daemon, plan: &Plan, args: &MountArgs) -> Result<
     for line in info(IMAGE_NODE).into_iter().flat_map(other_files) {
         Origin::none().info(&format!("'{shown}' {line}"));
     }
-    let node = match &plan.layout {
-        Layout::Partition(partition) => partition_node(partition.number),
-        Layout::Whole | Layout::Directory(_) => IMAGE_NODE.to_owned(),
-    };
+    let node = plan.layout.node();
     let size = info(&node).and_then(|info| u64::try_from(info.virtual_size).ok());
     let mut details = plan.format.name().to_owned();
     match &plan.layout {

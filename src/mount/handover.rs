@@ -40,7 +40,7 @@ pub const END: &str = "end";
 /// The longest wait for the next line of the other.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where other processes of this user ask for the mount.
+/// Where other processes of this user ask for something: for the mount, or that a device be detached.
 #[derive(Debug)]
 pub struct Door {
     listener: UnixListener,
@@ -68,9 +68,9 @@ impl Door {
         loop {
             match self.accept().await {
                 Ok(Some(channel)) => return channel,
-                Ok(None) => tracing::warn!("another user asked for the mount"),
+                Ok(None) => tracing::warn!("another user knocked"),
                 Err(error) => {
-                    tracing::warn!(%error, "a request for the mount failed");
+                    tracing::warn!(%error, "a request at the door failed");
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             }
@@ -296,7 +296,7 @@ impl Talk {
     }
 }
 
-/// Connects to the process that serves a mount, at its door.
+/// Connects to the process that serves a mount or a device, at its door.
 ///
 /// # Errors
 /// There is no door, or it is another user's.

@@ -9,14 +9,14 @@
 //! `takeover` the other's part, and `keeper` the process that waits for a daemon's death.
 
 mod announce;
-mod channel;
+pub mod channel;
 pub mod guess;
 pub mod handover;
-mod image;
+pub mod image;
 pub mod keeper;
 pub mod mountpoint;
 mod partition;
-mod plan;
+pub mod plan;
 pub mod registry;
 mod serving;
 mod store;
@@ -43,7 +43,7 @@ use guess::Format;
 use image::Image;
 use keeper::Keeper;
 use mountpoint::{Kind, Mountpoint};
-use plan::{Layout, Plan, find_partitions, text_of};
+use plan::{Choice, Layout, Plan, text_of};
 use registry::Registry;
 use serving::Mounted;
 
@@ -98,7 +98,7 @@ async fn serve(args: &MountArgs, background: Option<Background>) -> Result<ExitC
         return takeover::resume(offer).await;
     }
     let registry = Registry::of_user();
-    let image = Image::look_at(args, &registry)?;
+    let image = Image::look_at(&args.image, args.read_only, args.format, &registry)?;
     let mountpoint = prepare_mountpoint(args, &image, &registry)?;
     let daemon = Daemon::start()?;
     let deleted = daemon.events.subscribe();
@@ -137,20 +137,12 @@ async fn mount(
         created: mountpoint.is_created(),
         deaths: 0,
     };
-    let opened = plan.open_image(daemon).await;
-    opened.map_err(|error| advise_on_opening(error, image, args))?;
-    let explain = |error: Error| error.context(format!("'{}'", args.image.display()));
-    if args.partitions || args.partition.is_some() {
-        let table = find_partitions(daemon).await.map_err(explain)?;
-        plan.layout = match args.partition {
-            Some(number) => Layout::Partition(table.partition(number).map_err(explain)?),
-            None => {
-                let shown = table.0.into_iter().filter(|found| !found.is_container);
-                Layout::Directory(shown.collect())
-            }
-        };
-        plan.open_partitions(daemon).await?;
-    }
+    let choice = match (args.partition, args.partitions) {
+        (Some(number), _) => Choice::Partition(number),
+        (None, true) => Choice::Partitions,
+        (None, false) => Choice::Disk,
+    };
+    plan.open(daemon, &args.image, choice).await?;
     plan.export(daemon, None).await?;
     Ok(plan)
 }
@@ -188,22 +180,4 @@ fn prepare_mountpoint(
         );
     }
     Mountpoint::prepare(&path, kind, registry)
-}
-
-fn advise_on_opening(error: Error, image: &Image, args: &MountArgs) -> Error {
-    let error = if error.message.contains(&*image.path.to_string_lossy()) {
-        error
-    } else {
-        error.context(format!("cannot open '{}'", args.image.display()))
-    };
-    let unwritable = ["Permission denied", "Read-only file system"]
-        .iter()
-        .any(|reason| error.message.ends_with(reason));
-    if unwritable && !args.read_only {
-        let image = args.image.display();
-        return error.with_hint(format!(
-            "If it cannot be opened for writing, try: stord mount --read-only '{image}'"
-        ));
-    }
-    error
 }

@@ -199,7 +199,7 @@ pub fn clean(path: &Path, registry: &Registry) -> Result<bool, Error> {
     ));
     let mut created = false;
     for found in registry.find(path) {
-        if found.entry.mountpoint == path && !found.is_alive() {
+        if found.entry.at == path && !found.is_alive() {
             created |= found.entry.created;
             found.remove();
         }

@@ -64,7 +64,26 @@ pub enum Layout {
     Directory(Vec<Partition>),
 }
 
+/// What of an image is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// All of it.
+    Disk,
+    /// The partition of that number.
+    Partition(u32),
+    /// All of it and its partitions.
+    Partitions,
+}
+
 impl Layout {
+    /// The node with what is shown, or with the whole disk where there is more.
+    pub fn node(&self) -> String {
+        match self {
+            Self::Partition(partition) => partition_node(partition.number),
+            Self::Whole | Self::Directory(_) => IMAGE_NODE.to_owned(),
+        }
+    }
+
     fn partitions(&self) -> &[Partition] {
         match self {
             Self::Whole => &[],
@@ -115,6 +134,53 @@ pub fn partition_node(number: u32) -> String {
 }
 
 impl Plan {
+    /// Opens what is asked for of the image, which the user calls `shown`, and notes it in the layout.
+    ///
+    /// # Errors
+    /// It cannot be opened, or has no such partition.
+    pub async fn open(
+        &mut self,
+        daemon: &Daemon,
+        shown: &Path,
+        choice: Choice,
+    ) -> Result<(), Error> {
+        let opened = self.open_image(daemon).await;
+        opened.map_err(|error| self.advise_on_opening(error, shown))?;
+        if choice == Choice::Disk {
+            return Ok(());
+        }
+        let explain = |error: Error| error.context(format!("'{}'", shown.display()));
+        let table = find_partitions(daemon).await.map_err(explain)?;
+        self.layout = match choice {
+            Choice::Partition(number) => {
+                Layout::Partition(table.partition(number).map_err(explain)?)
+            }
+            Choice::Disk | Choice::Partitions => {
+                let shown = table.0.into_iter().filter(|found| !found.is_container);
+                Layout::Directory(shown.collect())
+            }
+        };
+        self.open_partitions(daemon).await
+    }
+
+    fn advise_on_opening(&self, error: Error, shown: &Path) -> Error {
+        let shown = shown.display();
+        let error = if error.message.contains(&*self.image.to_string_lossy()) {
+            error
+        } else {
+            error.context(format!("cannot open '{shown}'"))
+        };
+        let unwritable = ["Permission denied", "Read-only file system"]
+            .iter()
+            .any(|reason| error.message.ends_with(reason));
+        if unwritable && !self.read_only {
+            return error.with_hint(format!(
+                "If '{shown}' cannot be opened for writing, try with --read-only."
+            ));
+        }
+        error
+    }
+
     /// Opens the image.
     ///
     /// # Errors
@@ -273,10 +339,7 @@ async fn reader(daemon: &Daemon) -> Result<Backend, Error> {
 }
 
 /// The partitions that the content of the opened image lists.
-///
-/// # Errors
-/// It cannot be read, or lists none.
-pub async fn find_partitions(daemon: &Daemon) -> Result<Table, Error> {
+async fn find_partitions(daemon: &Daemon) -> Result<Table, Error> {
     let backend = reader(daemon).await?;
     let context = daemon.contexts.main();
     let disk = Disk {

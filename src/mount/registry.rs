@@ -1,4 +1,4 @@
-//! Which images this user's stords have mounted where. Each of them keeps a file in a directory of
+//! Which images this user's stords have mounted where, or attached as which devices. Each of them keeps a file in a directory of
 //! the user's, locked as long as it runs: who gets the lock knows that the owner is gone.
 
 use std::fs::{self, File, OpenOptions};
@@ -14,17 +14,32 @@ use stord_qmp::Error;
 
 use crate::report::reason;
 
-/// A mount.
+/// A mount, or a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The process that serves it.
     pub pid: u32,
     /// The image's absolute path.
     pub image: PathBuf,
-    /// The mountpoint's absolute path.
-    pub mountpoint: PathBuf,
+    /// The mountpoint's absolute path, or the device's.
+    pub at: PathBuf,
     /// Whether the mountpoint was made for the mount and goes with it.
     pub created: bool,
+    /// What there is to know of a device; `None` for a mount.
+    pub device: Option<DeviceEntry>,
+}
+
+/// How an image is attached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceEntry {
+    /// The name of the way to the kernel, as `--via` has it.
+    pub via: String,
+    /// Whether nobody may write.
+    pub read_only: bool,
+    /// What the kernel or udev knows it by.
+    pub serial: Option<String>,
+    /// The name that containers get it by.
+    pub cdi: Option<String>,
 }
 
 /// An entry of this process, there until dropped.
@@ -94,7 +109,7 @@ impl Registry {
         self.try_register(entry).map_err(|error| {
             let reason = reason(&error);
             Error::generic(format!(
-                "cannot note the mount in '{}': {reason}",
+                "cannot note in '{}' what is served: {reason}",
                 self.0.path().display()
             ))
             .with_source(error)
@@ -147,12 +162,26 @@ impl Registry {
             .collect()
     }
 
-    /// The entries with that mountpoint, or else those with that image.
+    /// The mounts among the entries.
+    pub fn mounts(&self) -> Vec<Found> {
+        let mut found = self.list();
+        found.retain(|found| found.entry.device.is_none());
+        found
+    }
+
+    /// The devices among the entries.
+    pub fn devices(&self) -> Vec<Found> {
+        let mut found = self.list();
+        found.retain(|found| found.entry.device.is_some());
+        found
+    }
+
+    /// The entries with that mountpoint or device, or else those with that image.
     pub fn find(&self, path: &Path) -> Vec<Found> {
         let (at, others): (Vec<_>, Vec<_>) = self
             .list()
             .into_iter()
-            .partition(|found| found.entry.mountpoint == path);
+            .partition(|found| found.entry.at == path);
         if !at.is_empty() {
             return at;
         }
@@ -162,21 +191,45 @@ impl Registry {
 }
 
 fn encode(entry: &Entry) -> Value {
+    let device = entry.device.as_ref().map(|device| {
+        json!({
+            "via": device.via,
+            "read-only": device.read_only,
+            "serial": device.serial,
+            "cdi": device.cdi,
+        })
+    });
     json!({
         "pid": entry.pid,
         "image": entry.image.to_str(),
-        "mountpoint": entry.mountpoint.to_str(),
+        "mountpoint": entry.at.to_str(),
         "created": entry.created,
+        "device": device,
     })
 }
 
 fn decode(value: &Value) -> Option<Entry> {
     let path = |key: &str| Some(PathBuf::from(value.get(key)?.as_str()?));
+    let device = match value.get("device") {
+        None | Some(Value::Null) => None,
+        Some(device) => Some(decode_device(device)?),
+    };
     Some(Entry {
         pid: u32::try_from(value.get("pid")?.as_u64()?).ok()?,
         image: path("image")?,
-        mountpoint: path("mountpoint")?,
+        at: path("mountpoint")?,
         created: value.get("created")?.as_bool()?,
+        device,
+    })
+}
+
+fn decode_device(value: &Value) -> Option<DeviceEntry> {
+    let text = |key: &str| Some(value.get(key)?.as_str()?.to_owned());
+    Some(DeviceEntry {
+        via: text("via")?,
+        read_only: value.get("read-only")?.as_bool()?,
+        serial: text("serial"),
+        cdi: text("cdi"),
     })
 }
 
@@ -188,9 +241,26 @@ mod tests {
         Entry {
             pid: std::process::id(),
             image: "/images/a b".into(),
-            mountpoint: "/mnt/a".into(),
+            at: "/mnt/a".into(),
             created: true,
+            device: None,
         }
+    }
+
+    #[test]
+    fn entry_of_a_device_is_read_as_it_was_written() {
+        let entry = Entry {
+            at: "/dev/loop0".into(),
+            created: false,
+            device: Some(DeviceEntry {
+                via: "loop".to_owned(),
+                read_only: true,
+                serial: None,
+                cdi: Some("disk".to_owned()),
+            }),
+            ..entry()
+        };
+        assert_eq!(decode(&encode(&entry)), Some(entry));
     }
 
     #[test]

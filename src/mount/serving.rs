@@ -56,8 +56,9 @@ impl Mounted {
         let registered = registry.register(&Entry {
             pid: std::process::id(),
             image: plan.image.clone(),
-            mountpoint: plan.mountpoint.clone(),
+            at: plan.mountpoint.clone(),
             created: plan.created,
+            device: None,
         })?;
         Ok(Self {
             daemon: Rc::clone(daemon),

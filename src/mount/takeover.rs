@@ -114,7 +114,7 @@ pub async fn resume(offer: Offer) -> Result<ExitCode, Error> {
 /// Removes what dead daemons of the mount have left in the registry.
 fn forget_dead(plan: &Plan) {
     for dead in Registry::of_user().find(&plan.mountpoint) {
-        if dead.entry.mountpoint == plan.mountpoint && !dead.is_alive() {
+        if dead.entry.at == plan.mountpoint && !dead.is_alive() {
             dead.remove();
         }
     }

@@ -1,11 +1,13 @@
 //! An NBD export: what its clients see, who they are, and how they come to an end. On the control thread.
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use nix::sys::socket::{Shutdown, shutdown};
+use socket2::{Domain, Socket, Type};
 use stord_aio::Context;
 use stord_aio::sync::Notify;
 use stord_block::Backend;
@@ -16,9 +18,11 @@ use stord_block::drivers::protocol::nbd::wire::{
 
 use stord_qmp::schema::export::BlockExportOptionsNbd;
 
+use super::channel::Channel;
 use super::connection;
-use super::handshake::{Agreement, MetaContext};
+use super::handshake::{Agreement, Manner, MetaContext};
 use crate::export::{Ended, Export, LocalFuture, Parts};
+use crate::registry::NbdLink;
 
 /// Requests of this many bytes and their multiples are fast, whatever the image.
 const PREFERRED_SIZE: u32 = 4096;
@@ -192,6 +196,29 @@ impl NbdExport {
             .borrow_mut()
             .retain(|client| client.number != number);
         self.changed.notify_waiters();
+    }
+
+    /// Makes so many clients that need no handshake, and gives their ends of the connections.
+    pub(crate) fn link(self: &Rc<Self>, clients: usize) -> io::Result<NbdLink> {
+        let mut sockets = Vec::new();
+        for _ in 0..clients {
+            let (ours, theirs) = Socket::pair(Domain::UNIX, Type::STREAM, None)?;
+            ours.set_nonblocking(true)?;
+            let agreement = Agreement {
+                channel: Channel::new(ours)?,
+                export: Rc::clone(self),
+                manner: Manner::simple(),
+            };
+            let export = Rc::clone(self);
+            tokio::task::spawn_local(async move { export.serve(agreement).await });
+            sockets.push(theirs.into());
+        }
+        let Presentation { size, flags, .. } = self.present(true);
+        Ok(NbdLink {
+            sockets,
+            size,
+            flags: flags.bits(),
+        })
     }
 
     /// The context with the fewest clients.

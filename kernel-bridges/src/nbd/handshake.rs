@@ -64,6 +64,16 @@ pub(super) struct Manner {
     pub(super) contexts: Vec<MetaContext>,
 }
 
+impl Manner {
+    /// How those talk who know the first version of the protocol only.
+    pub(super) fn simple() -> Self {
+        Self {
+            style: Style::Simple,
+            contexts: Vec::new(),
+        }
+    }
+}
+
 /// What a metadata context is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MetaContext {

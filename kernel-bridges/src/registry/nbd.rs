@@ -1,5 +1,7 @@
-//! The NBD server among the exports: it runs or not, and exports of its type need it.
+//! The NBD server among the exports: it runs or not, and exports of its type need it; but for those whose clients are given to them
+//! connected.
 
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +27,84 @@ const HANDSHAKE_SECONDS: u32 = 10;
 /// So many clients may be connected, unless told otherwise.
 const MAX_CONNECTIONS: u32 = 100;
 
+/// What an export with connected clients is to be.
+#[derive(Clone, Debug)]
+pub struct NbdLinkOptions {
+    /// The export's unique id.
+    pub id: String,
+    /// The node.
+    pub node_name: String,
+    /// Whether the clients may write.
+    pub writable: bool,
+    /// How many clients there are, each on an I/O thread of its own; by default as many as other exports have threads.
+    pub connections: Option<u16>,
+}
+
+/// The clients' side of an export whose clients are connected to it, past any handshake. They speak with simple replies.
+#[derive(Debug)]
+pub struct NbdLink {
+    /// A socket for each client.
+    pub sockets: Vec<OwnedFd>,
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// The transmission flags.
+    pub flags: u16,
+}
+
 impl ExportRegistry {
+    /// Exports a node to clients that are connected already. No server is needed, and nobody else can find the export.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add); there are no sockets.
+    pub async fn link_nbd(self: &Rc<Self>, options: &NbdLinkOptions) -> Result<NbdLink, Error> {
+        let NbdLinkOptions { id, node_name, .. } = options;
+        let entry = self.enter(id, BlockExportType::Nbd, node_name, None)?;
+        let linked = self.start_link(&entry, options).await;
+        if linked.is_err() {
+            self.forget(&entry);
+        }
+        linked
+    }
+
+    async fn start_link(
+        self: &Rc<Self>,
+        entry: &Rc<Entry>,
+        options: &NbdLinkOptions,
+    ) -> Result<NbdLink, Error> {
+        let claim = self.claim(&options.node_name, options.writable, false)?;
+        let placement = self.place(None, options.connections)?;
+        let count = placement.contexts.len();
+        let backend = match self
+            .attach_active(&options.node_name, &options.id, claim)
+            .await
+        {
+            Ok(backend) => backend,
+            Err(error) => {
+                self.release(&placement);
+                return Err(error);
+            }
+        };
+        let parts = Parts {
+            backend: backend.clone(),
+            contexts: placement.contexts.clone(),
+            writable: options.writable,
+            writethrough: false,
+        };
+        let name = options.id.clone();
+        let export = NbdExport::new(name, &BlockExportOptionsNbd::default(), Vec::new(), parts);
+        let linked = export.link(count);
+        let ended = export.ended();
+        let shared: Rc<dyn Export> = Rc::clone(&export) as _;
+        self.supervise(entry, shared, ended, vec![backend], placement);
+        match linked {
+            Ok(link) => Ok(link),
+            Err(error) => {
+                export.shut_down().await;
+                Err(Error::os("cannot connect clients", error))
+            }
+        }
+    }
+
     /// Starts the NBD server.
     ///
     /// # Errors
