@@ -5,6 +5,7 @@
 //! that nothing is left behind.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -49,6 +50,8 @@ pub struct Daemon {
     pub shutdown: Shutdown,
     /// The events for the monitors.
     pub events: Broadcast,
+    /// The block device that this daemon serves, if it was made for one.
+    pub attached: RefCell<Option<PathBuf>>,
     presence: RefCell<Option<Presence>>,
 }
 
@@ -98,6 +101,7 @@ impl Daemon {
             contexts,
             shutdown,
             events,
+            attached: RefCell::default(),
             presence: RefCell::default(),
         });
         nodes::report_events(&daemon)?;

@@ -3,6 +3,7 @@
 //! Started with options, or under the name `qemu-storage-daemon`, it is that daemon; started with
 //! a word, it does what the word says (`stord mount`).
 
+mod attach;
 mod chardev;
 mod client;
 mod cmdline;

@@ -106,6 +106,8 @@ async fn describe(daemon: &Daemon, started: SystemTime) -> Value {
     // Without their nodes if the disk does not answer: the list is complete anyhow.
     let nodes = daemon.graph.query_named_block_nodes(true).await;
     let nodes = nodes.unwrap_or_default();
+    let device = daemon.attached.borrow().clone();
+    let device = device.as_ref().and_then(|path| path.to_str());
     let exports: Vec<Value> = daemon
         .exports
         .query()
@@ -118,7 +120,9 @@ async fn describe(daemon: &Daemon, started: SystemTime) -> Value {
                 "type": stord_qmp::to_json(&export.r#type),
                 "node-name": export.node_name,
                 "image": node.map(|node| &node.file),
-                "mountpoint": daemon.exports.mountpoint(&export.id),
+                // Under a device, the mountpoint is hidden.
+                "mountpoint": daemon.exports.mountpoint(&export.id).filter(|_| device.is_none()),
+                "device": device,
             })
         })
         .collect();

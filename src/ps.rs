@@ -108,7 +108,12 @@ fn table(daemons: &[Value]) -> String {
         for export in daemon["exports"].as_array().into_iter().flatten() {
             let text = |key: &str| export[key].as_str().unwrap_or_default().to_owned();
             let what = format!("{} {}", text("type"), text("id"));
-            exports.push([what, text("image"), text("mountpoint")]);
+            let place = text(if export["device"].is_null() {
+                "mountpoint"
+            } else {
+                "device"
+            });
+            exports.push([what, text("image"), place]);
         }
         if let Some(error) = daemon["error"].as_str() {
             exports.push([format!("({error})"), String::new(), String::new()]);

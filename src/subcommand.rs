@@ -5,6 +5,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::attach::detach::{self, DetachArgs};
+use crate::attach::hold::{self, HoldArgs};
+use crate::attach::ls::{self, LsArgs};
+use crate::attach::{self, AttachArgs};
 use crate::client::{self, QmpArgs};
 use crate::daemonize::{self, Half};
 use crate::image::check::{self, CheckArgs};
@@ -38,8 +42,13 @@ enum Command {
     Mount(MountArgs),
     Umount(UmountArgs),
     Upgrade(UpgradeArgs),
+    Attach(AttachArgs),
+    Detach(DetachArgs),
+    Ls(LsArgs),
     #[command(hide = true)]
     Keep(KeepArgs),
+    #[command(hide = true)]
+    Hold(HoldArgs),
     Create(CreateArgs),
     Convert(ConvertArgs),
     Info(InfoArgs),
@@ -77,6 +86,9 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
         Command::Umount(args) => umount::run(&args),
         Command::Upgrade(args) => upgrade::run(argv0, &args),
         Command::Keep(args) => keeper::run(&args),
+        Command::Hold(args) => hold::run(&args),
+        Command::Detach(args) => detach::run(&args),
+        Command::Ls(args) => ls::run(&args),
         Command::Create(args) => create::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Info(args) => info::run(&args),
@@ -103,6 +115,15 @@ pub fn run(argv0: &OsStr, args: &[OsString]) -> ExitCode {
             }
         },
         Command::Serve(serve_args) => serve::run(serve_args, None),
+        Command::Attach(attach_args) if attach_args.foreground => attach::run(attach_args, None),
+        Command::Attach(attach_args) => match daemonize::detach(argv0, args) {
+            Ok(Half::Starter(status)) => status,
+            Ok(Half::Daemon(background)) => attach::run(attach_args, Some(background)),
+            Err(error) => {
+                Origin::none().error(&error);
+                ExitCode::FAILURE
+            }
+        },
         Command::Mount(mount_args) if mount_args.foreground => mount::run(mount_args, None),
         Command::Mount(mount_args) => match daemonize::detach(argv0, args) {
             Ok(Half::Starter(status)) => status,

@@ -3,6 +3,7 @@
 mod support;
 
 mod activation;
+mod attach;
 mod bad_images;
 mod bad_input;
 mod bitmaps;
