@@ -6,8 +6,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use serde_json::json;
+use stord_qmp::Error;
 use stord_qmp::schema::export::BlockExportDeleted;
-use stord_qmp::{Error, EventData};
+use stord_qmp::visitor::EventData;
 use tokio::sync::mpsc::Receiver;
 
 use super::detach::{DETACH, FORCE};

@@ -152,7 +152,7 @@ async fn attach_loop(daemon: &Daemon, wish: &Wish<'_>) -> Result<Device, Error> 
         drop(mountpoint);
         unmounted
     });
-    let taken_away = taken_away.await.unwrap_or_else(|_| Ok(()));
+    let taken_away = taken_away.await.unwrap_or(Ok(()));
     let (holder, path) = held?;
     taken_away.map_err(|error| Error::os("cannot hide the mount of a loop device", error))?;
     Ok(Device {

@@ -157,7 +157,7 @@ fn devices() -> Vec<String> {
     let Ok(all) = fs::read_dir("/sys/block") else {
         return Vec::new();
     };
-    let number = |name: String| Some(name.strip_prefix("nbd")?.parse::<u32>().ok()?);
+    let number = |name: String| name.strip_prefix("nbd")?.parse::<u32>().ok();
     let names = all.filter_map(|item| item.ok()?.file_name().into_string().ok());
     let mut numbers: Vec<u32> = names.filter_map(number).collect();
     numbers.sort_unstable();
