@@ -9,6 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::libc;
+use nix::unistd::syncfs;
 use stord_qmp::Error;
 
 use crate::report::reason;
@@ -52,14 +53,24 @@ pub fn seize(device: &Path, force: bool) -> Result<Option<File>, Error> {
                 return Err(Error::generic(format!("cannot open '{shown}': {reason}")));
             }
             _ if force => {
-                // What can be written is; that it is in use is known.
-                let _ = File::open(device).and_then(|file| file.sync_all());
+                write_out(device);
                 return Ok(None);
             }
             _ if Instant::now() > deadline => return Err(in_use(device, &users)),
             _ => sleep(LOOK_AGAIN),
         }
     }
+}
+
+/// Writes out what can be written of a device that is in use, mounted file systems first.
+fn write_out(device: &Path) {
+    let parts = with_partitions(device);
+    for mount in mounts().iter().filter(|mount| mount.is_of(&parts)) {
+        if let Ok(directory) = File::open(&mount.at) {
+            let _ = syncfs(&directory);
+        }
+    }
+    let _ = File::open(device).and_then(|file| file.sync_all());
 }
 
 fn in_use(device: &Path, users: &BTreeSet<String>) -> Error {
@@ -100,7 +111,7 @@ fn users(device: &Path) -> BTreeSet<String> {
     let mut users = BTreeSet::new();
     let has = |path: &str| parts.iter().any(|part| part.path == Path::new(path));
     for mount in mounts() {
-        if has(&mount.source) || parts.iter().any(|part| part.number == mount.device) {
+        if mount.is_of(&parts) {
             users.insert(format!("mounted at '{}'", mount.at));
         }
     }
@@ -157,6 +168,14 @@ struct Mount {
     at: String,
     source: String,
     device: String,
+}
+
+impl Mount {
+    fn is_of(&self, parts: &[Part]) -> bool {
+        let source = Path::new(&self.source);
+        let mut parts = parts.iter();
+        parts.any(|part| part.path == source || part.number == self.device)
+    }
 }
 
 fn mounts() -> Vec<Mount> {

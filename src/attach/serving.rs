@@ -25,6 +25,8 @@ use crate::report::Origin;
 
 /// Who knocks says at once what he wants.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What can be written out before users are cut off has so long to get there.
+const FORCE_PATIENCE: Duration = Duration::from_secs(20);
 /// With the wish to end, time between two looks whether the device is still in use.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
@@ -178,7 +180,13 @@ impl Attached {
             FORCE => true,
             _ => return None,
         };
-        let (next, answer) = match self.release(force).await {
+        let released = if force {
+            let limited = tokio::time::timeout(FORCE_PATIENCE, self.release(true));
+            limited.await.unwrap_or(Ok(State::Over))
+        } else {
+            self.release(false).await
+        };
+        let (next, answer) = match released {
             Ok(next) => (Some(next), json!({"detached": true})),
             // Its users have been warned.
             Err(_) if force => (Some(State::Over), json!({"detached": true})),
