@@ -64,3 +64,8 @@ fn vduse_disks_work() {
 fn vduse_disks_outlive_their_daemon() {
     pass_in_vm(&["vduse-attach", "vduse-recovery"]);
 }
+
+#[test]
+fn images_are_attached_as_nbd_devices() {
+    pass_in_vm(&["attach-nbd"]);
+}
