@@ -122,7 +122,7 @@ async fn describe(daemon: &Daemon, started: SystemTime) -> Value {
                 "image": node.map(|node| &node.file),
                 // Under a device, the mountpoint is hidden.
                 "mountpoint": daemon.exports.mountpoint(&export.id).filter(|_| device.is_none()),
-                "device": device,
+                "device": export.device.as_deref().or(device),
             })
         })
         .collect();

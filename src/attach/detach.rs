@@ -9,7 +9,7 @@ use clap::Args;
 use serde_json::Value;
 use stord_qmp::Error;
 
-use super::cdi;
+use super::{cdi, in_use};
 use crate::lifecycle::SHUTDOWN_LIMIT;
 use crate::mount::handover::knock;
 use crate::mount::mountpoint::absolute;
@@ -77,6 +77,14 @@ fn detach(args: &DetachArgs, registry: &Registry) -> Result<String, Error> {
         }
     }
     for found in &dead {
+        if in_use::is_served_by_vduse(&found.entry.at) {
+            let (device, pid) = (found.entry.at.display(), found.entry.pid);
+            let image = found.entry.image.display();
+            return Err(Error::generic(format!(
+                "'{device}' cannot be detached: its daemon (process {pid}) is dead, and its users wait"
+            ))
+            .with_hint(format!("Attach it again as it was, which goes on with the device, and detach it then: stord attach '{image}'")));
+        }
         forget(found);
     }
     if dead.is_empty() {

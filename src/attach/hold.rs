@@ -58,6 +58,8 @@ pub enum Kernel {
         block_size: u32,
         name: String,
     },
+    /// A virtio disk that the daemon makes and unmakes.
+    Vduse { device: PathBuf },
     /// An NBD device over the sockets that come with the task.
     Nbd {
         size: u64,
@@ -77,6 +79,7 @@ impl Task {
                 name,
             } => json!({"via": "loop", "file": file.to_str(), "read-only": read_only,
                 "block-size": block_size, "name": name}),
+            Kernel::Vduse { device } => json!({"via": "vduse", "device": device.to_str()}),
             Kernel::Nbd {
                 size,
                 block_size,
@@ -92,17 +95,20 @@ impl Task {
         let kernel = value.get("kernel")?;
         let number = |key: &str| kernel.get(key)?.as_u64();
         let text = |key: &str| kernel.get(key)?.as_str();
-        let block_size = u32::try_from(number("block-size")?).ok()?;
+        let block_size = || u32::try_from(number("block-size")?).ok();
         let kernel = match text("via")? {
             "loop" => Kernel::Loop {
                 file: text("file")?.into(),
                 read_only: kernel.get("read-only")?.as_bool()?,
-                block_size,
+                block_size: block_size()?,
                 name: text("name")?.to_owned(),
+            },
+            "vduse" => Kernel::Vduse {
+                device: text("device")?.into(),
             },
             "nbd" => Kernel::Nbd {
                 size: number("size")?,
-                block_size,
+                block_size: block_size()?,
                 flags: u16::try_from(number("flags")?).ok()?,
             },
             _ => return None,
@@ -154,6 +160,8 @@ fn hold(mut daemon: Channel) -> io::Result<()> {
     let answer = json!({"device": held.path().to_str()}).to_string();
     // If it does not hear this, it is gone, which shows below.
     let _ = daemon.send(&answer, &[]);
+    let released = json!({"released": true}).to_string();
+    let device = held.path().to_path_buf();
     let answered = loop {
         let force = match daemon.receive() {
             Ok((line, _)) if line == RELEASE => false,
@@ -165,21 +173,29 @@ fn hold(mut daemon: Channel) -> io::Result<()> {
             }
         };
         match in_use::seize(held.path(), force) {
+            Ok(seized) if held.is_the_daemon_s() => {
+                drop(seized);
+                // It may find that it cannot be taken away after all.
+                let _ = daemon.send(&released, &[]);
+            }
             Ok(seized) => {
                 held.let_go();
                 // The last user, so that nobody has come in between.
                 drop(seized);
-                break daemon.send(&json!({"released": true}).to_string(), &[]);
+                break daemon.send(&released, &[]);
             }
             Err(error) => {
                 let _ = daemon.send(&refusal(&error), &[]);
             }
         }
     };
-    if let Some(name) = &task.cdi {
-        cdi::remove(name);
+    // One of a dead daemon waits for the next.
+    if !in_use::is_served_by_vduse(&device) {
+        if let Some(name) = &task.cdi {
+            cdi::remove(name);
+        }
+        forget_dead(task.daemon);
     }
-    forget_dead(task.daemon);
     answered
 }
 
@@ -198,6 +214,7 @@ fn refusal(error: &Error) -> String {
 
 /// A device that is set up.
 enum Held {
+    Vduse(PathBuf),
     Loop(LoopDevice),
     Nbd {
         device: KernelNbd,
@@ -208,6 +225,7 @@ enum Held {
 impl Held {
     fn set_up(task: &Task, sockets: Vec<OwnedFd>) -> Result<Self, Error> {
         let held = match &task.kernel {
+            Kernel::Vduse { device } => Ok(Self::Vduse(device.clone())),
             Kernel::Loop {
                 file,
                 read_only,
@@ -298,14 +316,21 @@ impl Held {
 
     fn path(&self) -> &Path {
         match self {
+            Self::Vduse(device) => device,
             Self::Loop(device) => device.path(),
             Self::Nbd { device, .. } => device.path(),
         }
     }
 
+    /// Whether only the daemon can take it away.
+    fn is_the_daemon_s(&self) -> bool {
+        matches!(self, Self::Vduse(_))
+    }
+
     /// Takes the device away, or has it go with its last user.
     fn let_go(self) {
         match self {
+            Self::Vduse(_) => {}
             Self::Loop(device) => {
                 // It has gone if this fails.
                 let _ = device.detach();
@@ -326,6 +351,9 @@ mod tests {
     #[test]
     fn task_is_read_as_it_was_written() {
         for kernel in [
+            Kernel::Vduse {
+                device: "/dev/vda".into(),
+            },
             Kernel::Loop {
                 file: "/run/stord/1.disk".into(),
                 read_only: true,

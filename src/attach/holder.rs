@@ -82,6 +82,7 @@ impl Holder {
 fn start(task: &Task, descriptors: &[OwnedFd]) -> io::Result<(net::UnixStream, String)> {
     let (ours, theirs) = net::UnixStream::pair()?;
     let via = match task.kernel {
+        Kernel::Vduse { .. } => "vduse",
         Kernel::Loop { .. } => "loop",
         Kernel::Nbd { .. } => "nbd",
     };

@@ -105,6 +105,13 @@ pub fn is_ready(device: &Path) -> bool {
     File::open(device).is_ok()
 }
 
+/// Whether the device is a virtio disk of VDUSE, with a daemon or waiting for one.
+pub fn is_served_by_vduse(device: &Path) -> bool {
+    let name = device.file_name().unwrap_or_default();
+    let place = fs::canonicalize(Path::new("/sys/class/block").join(name));
+    place.is_ok_and(|place| place.components().any(|part| part.as_os_str() == "vduse"))
+}
+
 /// Who uses the device or a partition of it, but this process.
 fn users(device: &Path) -> BTreeSet<String> {
     let parts = with_partitions(device);

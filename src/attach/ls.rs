@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use stord_qmp::Error;
 
 use super::detach::forget;
+use super::in_use;
 use crate::mount::registry::{Found, Registry};
 use crate::mount::size_text;
 use crate::report::{self, Origin};
@@ -52,15 +53,14 @@ fn list(registry: &Registry) -> Vec<Row> {
     let mut rows = Vec::new();
     for found in registry.devices() {
         let is_served = found.is_alive();
-        let size = size_of(&found.entry.at);
-        if !is_served {
+        if !is_served && !in_use::is_served_by_vduse(&found.entry.at) {
             forget(&found);
             continue;
         }
         rows.push(Row {
-            found,
             is_served,
-            size,
+            size: size_of(&found.entry.at),
+            found,
         });
     }
     rows.sort_by(|one, other| one.found.entry.at.cmp(&other.found.entry.at));
@@ -97,11 +97,16 @@ impl Row {
         if device.is_some_and(|device| device.read_only) {
             via.push_str(" (read-only)");
         }
+        let pid = if self.is_served {
+            entry.pid.to_string()
+        } else {
+            "dead".to_owned()
+        };
         [
             entry.at.display().to_string(),
             self.size.map_or_else(String::new, size_text),
             via,
-            entry.pid.to_string(),
+            pid,
             entry.image.display().to_string(),
         ]
     }

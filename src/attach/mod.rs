@@ -22,6 +22,7 @@ mod via;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::unistd::geteuid;
@@ -32,10 +33,15 @@ use crate::daemonize::Background;
 use crate::mount::guess::Format;
 use crate::mount::image::Image;
 use crate::mount::plan::{Choice, Layout, Plan, text_of};
-use crate::mount::registry::{DeviceEntry, Entry, Registry};
+use crate::mount::registry::{DeviceEntry, Entry, Found, Registry};
 use crate::report::{self, Origin};
 use serving::Attached;
 use via::{Device, Via, Wish};
+
+/// So long the image may stay locked after the death of its daemon.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+/// Time between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Logical block sizes that a device can have, in bytes.
 const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
@@ -115,12 +121,13 @@ async fn serve(args: &AttachArgs, background: Option<Background>) -> Result<(), 
     let daemon = Daemon::start()?;
     let deleted = daemon.events.subscribe();
     let started = async {
-        let plan = open(&daemon, args, image).await?;
+        let is_left = |found: &Found| found.entry.image == image.path && !found.is_alive();
+        let is_left = registry.devices().iter().any(is_left);
+        let plan = open(&daemon, args, image, is_left).await?;
         let serial = serial::of(args.serial.as_deref(), &plan.image, args.partition);
-        let device = args
-            .via
-            .attach(&daemon, &wish(args, &plan, &serial))
-            .await?;
+        let name = serial::of(None, &plan.image, args.partition);
+        let wish = wish(args, &plan, &serial, &name);
+        let device = args.via.attach(&daemon, &wish).await?;
         register(&daemon, args, &plan, serial, device, &registry)
     };
     let attached: Attached = match started.await {
@@ -134,19 +141,25 @@ async fn serve(args: &AttachArgs, background: Option<Background>) -> Result<(), 
     attached.serve(deleted, background).await
 }
 
-fn wish<'a>(args: &'a AttachArgs, plan: &Plan, serial: &'a str) -> Wish<'a> {
+fn wish<'a>(args: &'a AttachArgs, plan: &Plan, serial: &'a str, name: &'a str) -> Wish<'a> {
     Wish {
         node_name: plan.layout.node(),
         read_only: args.read_only,
         queues: args.queues,
         block_size: args.logical_block_size,
         serial,
+        name,
         cdi: args.cdi.as_deref(),
     }
 }
 
-/// Opens the image, or the partition of it.
-async fn open(daemon: &Daemon, args: &AttachArgs, image: Image) -> Result<Plan, Error> {
+/// Opens the image, or the partition of it. After a dead daemon, it may be locked until what that had begun has left the kernel.
+async fn open(
+    daemon: &Daemon,
+    args: &AttachArgs,
+    image: Image,
+    is_left: bool,
+) -> Result<Plan, Error> {
     let shown = args.image.display();
     let mut plan = Plan {
         image: image.path,
@@ -160,7 +173,17 @@ async fn open(daemon: &Daemon, args: &AttachArgs, image: Image) -> Result<Plan, 
         deaths: 0,
     };
     let choice = args.partition.map_or(Choice::Disk, Choice::Partition);
-    plan.open(daemon, &args.image, choice).await?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match plan.open(daemon, &args.image, choice).await {
+            Err(error)
+                if is_left && error.message.contains("lock") && Instant::now() < deadline =>
+            {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            opened => break opened?,
+        }
+    }
     if args.format.is_none() && plan.format == Format::Raw {
         Origin::none().info(&format!(
             "'{shown}' has no known image format and was opened as raw"

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use serde_json::json;
 use stord_qmp::Error;
-use stord_qmp::schema::export::BlockExportDeleted;
+use stord_qmp::schema::export::{BlockExportDeleted, BlockExportRemoveMode};
 use stord_qmp::visitor::EventData;
 use tokio::sync::mpsc::Receiver;
 
 use super::detach::{DETACH, FORCE};
 use super::holder::Holder;
-use super::via::Device;
+use super::via::{Device, EXPORT, Ending};
 use crate::daemon::Daemon;
 use crate::daemonize::Background;
 use crate::monitor::events::Dated;
@@ -35,7 +35,7 @@ pub struct Attached {
     daemon: Rc<Daemon>,
     path: PathBuf,
     holder: Holder,
-    lingers: bool,
+    ending: Ending,
     door: Door,
     registered: Registered,
 }
@@ -66,14 +66,14 @@ impl Attached {
         let Device {
             path,
             holder,
-            lingers,
+            ending,
         } = device;
         daemon.attached.borrow_mut().replace(path.clone());
         Ok(Self {
             daemon: Rc::clone(daemon),
             path,
             holder,
-            lingers,
+            ending,
             door: Door::open(registry.socket_of(std::process::id()))?,
             registered,
         })
@@ -133,10 +133,12 @@ impl Attached {
                 () = deletion(deleted) => return,
                 () = self.holder.gone(), if is_held => {
                     is_held = false;
-                    if !self.lingers {
-                        return;
+                    match self.ending {
+                        Ending::Holder => return,
+                        Ending::Users => state = State::Lingering,
+                        // It is there all the same.
+                        Ending::Export => {}
                     }
-                    state = State::Lingering;
                     continue;
                 }
                 () = daemon.shutdown.requested(), if state == State::Serving => {
@@ -201,11 +203,19 @@ impl Attached {
     /// Has the holder take the device away.
     async fn release(&mut self, force: bool) -> Result<State, Error> {
         self.holder.release(force).await?;
-        Ok(if self.lingers && !force {
-            State::Lingering
-        } else {
-            State::Over
-        })
+        match self.ending {
+            Ending::Users if !force => return Ok(State::Lingering),
+            Ending::Users | Ending::Holder => {}
+            Ending::Export => {
+                let mode = if force {
+                    BlockExportRemoveMode::Hard
+                } else {
+                    BlockExportRemoveMode::Safe
+                };
+                self.daemon.exports.del(EXPORT, mode).await?;
+            }
+        }
+        Ok(State::Over)
     }
 }
 

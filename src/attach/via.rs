@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use stord_bridges::{MountExport, MountLayout, NbdLinkOptions};
 use stord_qmp::Error;
 use stord_qmp::schema::block::OnOffAuto;
+use stord_qmp::schema::export::{BlockExportKind, BlockExportOptions, BlockExportOptionsVduseBlk};
 
 use super::AttachArgs;
 use super::hold::{Kernel, Task};
@@ -18,7 +19,10 @@ use crate::mount::unmount::{InUse, unmount};
 use crate::report::reason;
 
 /// The export.
-const EXPORT: &str = "attach";
+pub const EXPORT: &str = "attach";
+
+/// Queues of a virtio disk, where there are as many processors.
+const DEFAULT_QUEUES: usize = 2;
 
 /// How a device comes about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -39,6 +43,8 @@ pub struct Wish<'a> {
     pub queues: Option<u16>,
     pub block_size: u32,
     pub serial: &'a str,
+    /// A name by which a device of the same image is found again.
+    pub name: &'a str,
     pub cdi: Option<&'a str>,
 }
 
@@ -46,8 +52,18 @@ pub struct Wish<'a> {
 pub struct Device {
     pub path: PathBuf,
     pub holder: Holder,
-    /// When the holder lets it go, it stays until its last user has closed it, and the export with it.
-    pub lingers: bool,
+    pub ending: Ending,
+}
+
+/// When a device has gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// When the holder has let it go.
+    Holder,
+    /// When, after that, its last user has closed it; the export ends with it.
+    Users,
+    /// When, after that, its export is removed.
+    Export,
 }
 
 impl Via {
@@ -77,7 +93,6 @@ impl Via {
             )))
         };
         match self {
-            Self::Vduse => Err(Error::generic("stord does not have 'vduse-blk' yet")),
             Self::Loop if args.queues.is_some() => without("queues"),
             Self::Nbd if args.serial.is_some() => without("serial number"),
             _ => Ok(()),
@@ -90,11 +105,49 @@ impl Via {
     /// The kernel refuses, or none is free.
     pub async fn attach(self, daemon: &Daemon, wish: &Wish<'_>) -> Result<Device, Error> {
         match self {
-            Self::Vduse => Err(Error::generic("stord does not have 'vduse-blk' yet")),
+            Self::Vduse => attach_vduse(daemon, wish).await,
             Self::Nbd => attach_nbd(daemon, wish).await,
             Self::Loop => attach_loop(daemon, wish).await,
         }
     }
+}
+
+/// A device of that name which a dead daemon left goes on here, its users having waited.
+async fn attach_vduse(daemon: &Daemon, wish: &Wish<'_>) -> Result<Device, Error> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let queues = wish
+        .queues
+        .map_or(processors.min(DEFAULT_QUEUES), usize::from);
+    let disk = BlockExportOptionsVduseBlk {
+        num_queues: u16::try_from(queues).ok(),
+        logical_block_size: Some(wish.block_size.into()),
+        serial: Some(wish.serial.to_owned()),
+        attach: Some(true),
+        ..BlockExportOptionsVduseBlk::new(wish.name)
+    };
+    let kind = BlockExportKind::VduseBlk(disk);
+    let options = BlockExportOptions {
+        writable: Some(!wish.read_only),
+        ..BlockExportOptions::new(kind, EXPORT, wish.node_name.clone())
+    };
+    daemon.exports.add(options).await?;
+    let made = daemon.exports.query().into_iter();
+    let device = made
+        .filter(|export| export.id == EXPORT)
+        .find_map(|export| export.device);
+    let device = device.ok_or_else(|| {
+        Error::generic("the kernel has the device, but makes no disk of it")
+            .with_hint("See what it says: dmesg | tail")
+    })?;
+    let kernel = Kernel::Vduse {
+        device: device.into(),
+    };
+    let (holder, path) = Holder::start(task(wish, kernel), Vec::new()).await?;
+    Ok(Device {
+        path,
+        holder,
+        ending: Ending::Export,
+    })
 }
 
 async fn attach_nbd(daemon: &Daemon, wish: &Wish<'_>) -> Result<Device, Error> {
@@ -114,7 +167,7 @@ async fn attach_nbd(daemon: &Daemon, wish: &Wish<'_>) -> Result<Device, Error> {
     Ok(Device {
         path,
         holder,
-        lingers: false,
+        ending: Ending::Holder,
     })
 }
 
@@ -158,7 +211,7 @@ async fn attach_loop(daemon: &Daemon, wish: &Wish<'_>) -> Result<Device, Error> 
     Ok(Device {
         path,
         holder,
-        lingers: true,
+        ending: Ending::Users,
     })
 }
 

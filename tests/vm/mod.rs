@@ -69,3 +69,8 @@ fn vduse_disks_outlive_their_daemon() {
 fn images_are_attached_as_nbd_devices() {
     pass_in_vm(&["attach-nbd"]);
 }
+
+#[test]
+fn images_are_attached_as_virtio_disks() {
+    pass_in_vm(&["attach-vduse"]);
+}
