@@ -236,6 +236,7 @@ conversations! {
     objects
     protocol
     reopening
+    vduse
     vhost_user
 }
 
