@@ -12,6 +12,10 @@ serve() { daemon stord $(options "$1" "$2"); } # FORMAT QUEUES
 
 die() { kill -9 "$daemon_pid"; wait "$daemon_pid" 2>/dev/null || true; }
 
+# How many requests the kernel has got back.
+done_so_far() { awk '{ print $1 + $5 }' /sys/block/vda/stat; }
+has_gone_on() { [ "$(done_so_far)" -gt $((at + 300)) ]; }
+
 # Requests that the kernel has sent and not got back.
 is_busy() { [ "$(awk '{ print $1 + $2 }' /sys/block/vda/inflight)" -gt 0 ]; }
 
@@ -23,22 +27,23 @@ for case in "raw 1" "qcow2 4"; do
     qemu-img create -q -f "$1" "disk.$1" 64M
     serve "$1" "$2"
     fio --name=load --filename=/dev/vda --rw=randwrite --bs=4k --size=16M --iodepth=16 --ioengine=libaio --direct=1 \
-        --verify=crc32c --verify_fatal=1 --loops=2 --output=fio.log &
+        --verify=crc32c --verify_fatal=1 --loops=2 --eta=never --output=fio.log &
     load=$!
     for _ in $(seq "${KILLS:-5}"); do
         kill -0 $load 2>/dev/null || break
-        eventually 60 is_busy
+        at=$(done_so_far)
+        eventually 120 has_gone_on
         die
         serve "$1" "$2"
     done
     wait $load || { cat fio.log; fail "the load saw an error ($case)"; }
     # What the device shows is what the image holds.
-    cksum </dev/vda >device.sum
+    dd if=/dev/vda of=device.raw bs=1M status=none
     stop $daemon_pid
     [ ! -e /dev/vduse/d0 ] || fail "the device is left"
     [ ! -e $record ] || fail "the record is left"
     qemu-img convert -O raw "disk.$1" copy.raw
-    cksum <copy.raw | cmp - device.sum || fail "the image is not what the device showed ($case)"
+    cmp copy.raw device.raw || fail "the image is not what the device showed ($case)"
     qemu-img check -q "disk.$1" || [ "$1" = raw ] || fail "the image is damaged"
 done
 

@@ -25,16 +25,17 @@ refuses() { # PATTERN COMMAND...
 
 # One command over the QMP monitor at the socket: prints what it returns; an error is printed and is a failure.
 qmp() { # SOCKET COMMAND [ARGUMENTS AS JSON]
-    local line reply= in out
+    local line reply= in out socat
     coproc SOCAT { exec timeout 60 socat - "UNIX-CONNECT:$1"; }
-    in=${SOCAT[0]} out=${SOCAT[1]}
+    # They are gone when it is.
+    in=${SOCAT[0]} out=${SOCAT[1]} socat=$SOCAT_PID
     echo '{"execute":"qmp_capabilities"}' >&"$out"
     echo "{\"execute\":\"$2\",\"arguments\":${3:-{\}},\"id\":\"vm-command\"}" >&"$out"
     while read -r line <&"$in"; do
         case $line in *'"vm-command"'*) reply=$line; break ;; esac
     done
     exec {out}>&-
-    wait "$SOCAT_PID" 2>/dev/null || true
+    wait "$socat" 2>/dev/null || true
     [ -n "$reply" ] || { echo "no answer to $2" >&2; return 1; }
     if jq -e .error <<<"$reply" >/dev/null; then
         jq -r '.error.desc' <<<"$reply" >&2
