@@ -10,7 +10,8 @@ refuses "modprobe virtio_vdpa" stord $node --export $export,attach=on
 modprobe -a virtio_vdpa virtio_blk
 
 # By hand, as with the reference.
-daemon stord $node --export $export,num-queues=4,serial=abc,logical-block-size=4096
+daemon stord --chardev socket,id=second,path=second.qmp,server=on,wait=off --monitor second $node \
+    --export $export,num-queues=4,serial=abc,logical-block-size=4096
 [ "$(qmp "$monitor" query-block-exports | jq -r '.[0].device')" = null ] || fail "a device before there is one"
 vdpa dev add name d0 mgmtdev vduse
 [ "$(qmp "$monitor" query-block-exports | jq -r '.[0].device')" = /dev/vda ] || fail "no device"
@@ -21,7 +22,7 @@ qmp "$monitor" block-export-del '{"id":"e"}'
 [ ! -e /dev/vduse/d0 ] || fail "the device is left"
 
 # By itself.
-{ echo '{"execute":"qmp_capabilities"}'; sleep 600; } | socat - "UNIX-CONNECT:$monitor" >events &
+{ echo '{"execute":"qmp_capabilities"}'; sleep 600; } | socat - UNIX-CONNECT:second.qmp >events &
 watch=$!
 eventually 10 grep -q return events
 qmp "$monitor" block-export-add '{"type":"vduse-blk","id":"e","node-name":"disk","name":"d0","writable":true,"attach":true}'
