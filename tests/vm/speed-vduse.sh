@@ -14,7 +14,7 @@ cp stord.qcow2 qemu.qcow2
 serve() { # WHO PROGRAM BACKEND QUEUES: sets disk_WHO and pid_WHO
     local blockdevs
     case $3 in
-        null) blockdevs=(--blockdev driver=null-co,node-name=disk,size=64M) ;;
+        null) blockdevs=(--blockdev driver=null-co,node-name=disk,size=67108864) ;;
         *) blockdevs=(--blockdev "driver=file,node-name=file,filename=$1.$3,aio=io_uring" --blockdev "driver=$3,node-name=disk,file=file") ;;
     esac
     daemon "$2" "${blockdevs[@]}" \
