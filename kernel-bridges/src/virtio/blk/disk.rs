@@ -38,9 +38,20 @@ pub(crate) struct Disk {
     write_cache: AtomicBool,
     /// Drained sections that are on.
     held: AtomicUsize,
+    /// Changes that would not outlive this process yet.
+    unsettled: AtomicUsize,
     queues: Mutex<Vec<Weak<Signals>>>,
     resized: Mutex<Option<Resized>>,
     complaints: Mutex<Complaints>,
+}
+
+/// A change that would not outlive this process yet.
+pub(super) struct Change<'a>(&'a AtomicUsize);
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// When it was last said that a driver broke a rule, and how often it happened since.
@@ -69,6 +80,7 @@ impl Disk {
             write_cache: AtomicBool::new(!options.writethrough),
             options,
             held: AtomicUsize::new(0),
+            unsettled: AtomicUsize::new(0),
             queues: Mutex::default(),
             resized: Mutex::default(),
             complaints: Mutex::default(),
@@ -145,6 +157,18 @@ impl Disk {
     /// (5.2.6.2).
     pub(crate) fn is_writethrough(&self, features: u64) -> bool {
         features & (F_FLUSH | F_CONFIG_WCE) == 0 || !self.write_cache.load(Ordering::Acquire)
+    }
+
+    /// Whether a change is under way that would not outlive this process.
+    #[inline]
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Ordering::Acquire) > 0
+    }
+
+    /// To be called before anything but the content of allocated space changes, and to be dropped when that has been settled.
+    pub(super) fn begin_change(&self) -> Change<'_> {
+        self.unsettled.fetch_add(1, Ordering::AcqRel);
+        Change(&self.unsettled)
     }
 
     pub(super) fn limits(&self) -> Limits {

@@ -19,8 +19,8 @@ use std::task::Poll;
 
 use smallvec::SmallVec;
 use stord_aio::{
-    Context, ContextGone, Errno, IoBuffer, PolledFd, Spinner, add_spinner, spawn_local, sync,
-    yield_now,
+    Context, ContextGone, Errno, IoBuffer, IoVec, PolledFd, Spinner, add_spinner, spawn_local,
+    sync, yield_now,
 };
 use stord_block::ZeroFlags;
 
@@ -121,6 +121,8 @@ struct Service<M> {
     disk: Arc<Disk>,
     memory: M,
     features: u64,
+    /// What the driver was told is done outlives this process: another serves the queue then, and the driver does not notice.
+    outlives: bool,
     call: Box<dyn Notify + Send>,
     signals: Arc<Signals>,
     state: RefCell<State>,
@@ -223,6 +225,7 @@ where
         disk,
         memory,
         features,
+        outlives: record.is_some(),
         call,
         signals,
         state: RefCell::new(State {
@@ -459,13 +462,45 @@ impl<M: GuestMemory> Service<M> {
             }
             Command::Read { offset, data } => backend.try_read(*offset, data).map(status),
             Command::Write { offset, data } if !self.is_writethrough() => {
-                backend.try_write(*offset, data).map(status)
+                self.try_write(*offset, data).map(status)
             }
             _ => None,
         }
     }
 
+    /// Writes if nothing has to be waited for.
+    fn try_write(&self, offset: u64, data: &IoVec) -> Option<Result<(), Errno>> {
+        let backend = self.disk.backend();
+        if !self.outlives {
+            return backend.try_write(offset, data);
+        }
+        // Bytes in a place that another change has allocated and not settled would be lost with this process.
+        if self.disk.is_unsettled() {
+            return None;
+        }
+        let result = backend.try_write(offset, data)?;
+        // Such a change may have begun meanwhile: then this write is done again, and waits for it.
+        (!self.disk.is_unsettled()).then_some(result)
+    }
+
     async fn serve_later(&self, command: Command) -> Status {
+        let is_change = matches!(
+            command,
+            Command::Write { .. } | Command::Discard { .. } | Command::WriteZeroes { .. }
+        );
+        if !self.outlives || !is_change {
+            return self.carry_out(command).await;
+        }
+        let change = self.disk.begin_change();
+        let mut done = self.carry_out(command).await;
+        if done == Status::Ok {
+            done = status(self.disk.backend().settle().await);
+        }
+        drop(change);
+        done
+    }
+
+    async fn carry_out(&self, command: Command) -> Status {
         let backend = self.disk.backend();
         status(match command {
             Command::Read { offset, data } => backend.read(offset, data).await,
