@@ -14,7 +14,7 @@ mod vduse;
 mod vhost_user;
 #[cfg_attr(
     not(test),
-    expect(dead_code, reason = "VDUSE, which uses it, is being built")
+    expect(dead_code, reason = "a few parts of it only its tests use")
 )]
 mod virtio;
 
