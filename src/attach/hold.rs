@@ -306,8 +306,9 @@ impl Held {
             let _ = shutdown(STDIN_FILENO, Shutdown::Read);
         });
         let runner = runner.map_err(failed)?;
+        let is_ready = device.is_ready();
         let held = Self::Nbd { device, runner };
-        if !in_use::is_ready(held.path()) {
+        if !is_ready {
             held.let_go();
             return Err(Error::generic("the kernel's NBD device does not come up"));
         }

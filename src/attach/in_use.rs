@@ -18,8 +18,6 @@ use crate::report::reason;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Time between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// A device has so long to come up.
-const START: Duration = Duration::from_secs(10);
 
 /// Makes sure that nobody uses the device and that all of it is written out. As long as the result is held, nobody can mount it.
 /// With `force`, whatever can be done of that is done.
@@ -87,22 +85,6 @@ fn in_use(device: &Path, users: &BTreeSet<String>) -> Error {
 fn exclusively(device: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.read(true).custom_flags(libc::O_EXCL).open(device)
-}
-
-/// Waits for the kernel to be done with setting the device up; opening it then finds its partitions.
-pub fn is_ready(device: &Path) -> bool {
-    let deadline = Instant::now() + START;
-    let size = Path::new("/sys/class/block")
-        .join(device.file_name().unwrap_or_default())
-        .join("size");
-    let is_served = size.with_file_name("pid");
-    while !is_served.exists() {
-        if Instant::now() > deadline {
-            return false;
-        }
-        sleep(Duration::from_millis(2));
-    }
-    File::open(device).is_ok()
 }
 
 /// Whether the device is a virtio disk of VDUSE, with a daemon or waiting for one.

@@ -11,6 +11,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -24,6 +26,13 @@ const NBD_CLEAR_SOCK: libc::Ioctl = 0xab04;
 const NBD_DISCONNECT: libc::Ioctl = 0xab08;
 const NBD_SET_TIMEOUT: libc::Ioctl = 0xab09;
 const NBD_SET_FLAGS: libc::Ioctl = 0xab0a;
+// linux/fs.h
+const BLKRRPART: libc::Ioctl = 0x125f;
+
+/// A device has so long to come up.
+const START: Duration = Duration::from_secs(10);
+/// Time between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// With several connections the kernel takes one for dead whose request takes longer than this many seconds (30 if it is not told),
 /// and makes the request again elsewhere; while the first may yet be carried out. So, never: the end of the server ends the device.
@@ -134,6 +143,25 @@ impl KernelNbd {
             Ok(()) | Err(Errno::EPIPE | Errno::ECONNRESET | Errno::ETIMEDOUT) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// Waits for the device to come up, and has the kernel look for partitions. False if it does not come up.
+    pub fn is_ready(&self) -> bool {
+        let name = self.path.file_name().unwrap_or_default();
+        let size = Path::new("/sys/block").join(name).join("size");
+        let deadline = Instant::now() + START;
+        // The last thing that the kernel does.
+        while fs::read_to_string(&size).is_ok_and(|size| size.trim() == "0") {
+            if Instant::now() > deadline {
+                return false;
+            }
+            sleep(LOOK_AGAIN);
+        }
+        // Whoever looks at new devices keeps it busy for a moment, and has them looked for, too.
+        while self.command(BLKRRPART, 0) == Err(Errno::EBUSY) && Instant::now() < deadline {
+            sleep(LOOK_AGAIN);
+        }
+        true
     }
 
     /// Takes leave of the server, so that the device ends.
