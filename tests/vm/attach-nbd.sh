@@ -60,9 +60,10 @@ device=$(stord attach --via nbd --cdi disk disk.qcow2)
 mkdir -p mounted
 mount "$device" mounted
 kill -9 "$(stord ls --json | jq '.[0].pid')"
-eventually 10 test ! -e "/sys/block/${device#/dev/}/pid"
-if dd if=mounted/file of=/dev/null bs=1M iflag=direct 2>/dev/null; then fail "read from a dead device"; fi
+eventually 10 sh -c "! dd if=mounted/file of=/dev/null bs=1M iflag=direct"
 umount mounted
+# The kernel keeps the rest of it for as long as somebody has it open.
+eventually 10 test ! -e "/sys/block/${device#/dev/}/pid"
 eventually 10 test ! -e /run/cdi/stord.io-disk-disk.json
 stord ls | grep -q "No device"
 
