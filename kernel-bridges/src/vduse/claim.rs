@@ -174,6 +174,13 @@ fn adopt(
         )));
     }
     let known = record.read().map_err(io_failed)?;
+    if let Some(known) = &known
+        && let Some((member, was, is)) = known.difference(wanted)
+    {
+        return Err(failed(format!(
+            "the kernel still uses device '{name}', which has {member} '{was}', not '{is}'; remove it with 'vdpa dev del {name}'"
+        )));
+    }
     let starts = starts(device, wanted).map_err(io_failed)?;
     let Some(known) = known else {
         if starts.iter().any(|start| start.under_way > 0) {
@@ -190,11 +197,6 @@ fn adopt(
         };
         return Ok((queues, adopted));
     };
-    if let Some((member, was, is)) = known.difference(wanted) {
-        return Err(failed(format!(
-            "the kernel still uses device '{name}', which has {member} '{was}', not '{is}'; remove it with 'vdpa dev del {name}'"
-        )));
-    }
     if wanted.size < known.size {
         return Err(failed(format!(
             "the kernel still uses device '{name}' of {} bytes, and the image has only {} now",
