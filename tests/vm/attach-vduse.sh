@@ -2,20 +2,21 @@
 . /tests/functions.sh
 
 # The modules are loaded by the first that needs them.
-qemu-img create -q -f qcow2 disk.qcow2 256M
+qemu-img create -q -f qcow2 -o preallocation=metadata disk.qcow2 256M
 device=$(stord attach --serial my-disk --queues 2 --cdi disk disk.qcow2)
 [[ $device = /dev/vd* ]] || fail "no device: $device"
 name=${device#/dev/}
 [ "$(blockdev --getsize64 "$device")" = $((256 << 20)) ] || fail "the size is wrong"
 [ "$(cat "/sys/block/$name/serial")" = my-disk ] || fail "not its serial number"
-[ "$(ls "/sys/block/$name/mq" | wc -l)" = 2 ] || fail "not its queues"
+# The kernel uses no more queues than it has processors.
+[ "$(ls "/sys/block/$name/mq" | wc -l)" = $(($(nproc) < 2 ? 1 : 2)) ] || fail "not its queues"
 [ "$(stord ls --json | jq -r '.[0] | .device, .via, .serial' | xargs)" = "$device vduse my-disk" ] || fail "not listed"
 grep -q "\"$device\"" /run/cdi/stord.io-disk-disk.json
 refuses "is attached as '$device'" stord attach disk.qcow2
-refuses "in use|lock" stord mount disk.qcow2
+refuses "is attached as" stord mount disk.qcow2
 
 echo "- a file system; in use it is not detached"
-mkfs.ext4 -q "$device"
+mkfs.ext4 -q -b 4096 "$device"
 mkdir mounted
 mount "$device" mounted
 dd if=/dev/urandom of=mounted/file bs=1M count=32 2>/dev/null
@@ -24,12 +25,12 @@ refuses "in use: mounted at" stord detach disk.qcow2
 stord ls
 
 echo "- a daemon that is killed under a verifying load is replaced"
-fio --name=load --filename=mounted/load --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=16 --size=48M --verify=crc32c \
+fio --name=load --filename=mounted/load --ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=16 --size=16M --verify=crc32c \
     --verify_fatal=1 --loops=2 --minimal >fio.log 2>&1 &
 load=$!
 for round in 1 2 3; do
     before=$(awk '{print $7}' "/sys/block/$name/stat")
-    eventually 30 sh -c "[ \$(awk '{print \$7}' /sys/block/$name/stat) -gt $((before + 2000)) ]"
+    eventually 30 sh -c "[ \$(awk '{print \$7}' /sys/block/$name/stat) -gt $((before + 500)) ]"
     kill -9 "$(stord ls --json | jq '.[0].pid')"
     eventually 10 sh -c "stord ls | grep -q dead"
     refuses "its users wait" stord detach disk.qcow2

@@ -66,11 +66,6 @@ fn vduse_disks_outlive_their_daemon() {
 }
 
 #[test]
-fn images_are_attached_as_nbd_devices() {
-    pass_in_vm(&["attach-nbd"]);
-}
-
-#[test]
-fn images_are_attached_as_virtio_disks() {
-    pass_in_vm(&["attach-vduse"]);
+fn images_are_attached() {
+    pass_in_vm(&["attach-nbd", "attach-vduse"]);
 }
