@@ -2,7 +2,7 @@
 . /tests/functions.sh
 
 # The modules are loaded by the first that needs them.
-qemu-img create -q -f qcow2 -o preallocation=metadata disk.qcow2 256M
+qemu-img create -q -f qcow2 disk.qcow2 256M
 device=$(stord attach --serial my-disk --queues 2 --cdi disk disk.qcow2)
 [[ $device = /dev/vd* ]] || fail "no device: $device"
 name=${device#/dev/}
