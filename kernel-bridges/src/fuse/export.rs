@@ -438,10 +438,11 @@ impl FuseExport {
 
     /// Gets a request into every entry of io_uring and keeps them there.
     async fn hold(&self, ring: &Arc<Common>) -> Result<HeldEntries, Error> {
-        let failed = |reason| {
-            Error::generic("the requests of the mount cannot be passed on")
-                .with_source(reason)
-                .with_hint("Unmount it and mount it again, or mount it with 'stord mount --keep'.")
+        let failed = |reason: CannotFill| {
+            Error::generic(format!(
+                "the requests of the mount cannot be passed on: {reason}"
+            ))
+            .with_hint("Unmount it and mount it again, or mount it with 'stord mount --keep'.")
         };
         let mount = self.mount.clone();
         let queues = ring.queues();
