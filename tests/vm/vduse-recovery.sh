@@ -73,13 +73,18 @@ chown root $record
 mv $record kept
 ln -s "$PWD/kept" $record
 refuses "requests in flight are noted" stord $(options raw 1)
-rm $record
-
-# Without a record, a device with nothing under way goes on.
+mv kept $record
 serve raw 1
 refuses "another process serves" stord $(options raw 1 | sed 's/,node-name=file,/,locking=off&/')
 cmp mounted/qemu-img /usr/bin/qemu-img
 umount mounted
+e2fsck -fn /dev/vda >/dev/null
+
+# Without a record, a device with nothing under way goes on.
+die
+if is_busy; then fail "somebody uses a disk that is not mounted"; fi
+rm $record
+serve raw 1
 e2fsck -fn /dev/vda >/dev/null
 
 # With something under way it does not: that would be to guess.
