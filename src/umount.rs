@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 use nix::sys::signal::{Signal, kill};
@@ -13,17 +13,10 @@ use nix::unistd::Pid;
 use stord_bridges::mount_table::{is_dead, mount_at};
 use stord_qmp::Error;
 
-use crate::lifecycle::SHUTDOWN_LIMIT;
 use crate::mount::mountpoint::{absolute, clean, remove_created};
-use crate::mount::registry::{Found, Registry};
+use crate::mount::registry::{Found, LOOK_EVERY, MARGIN, Registry};
 use crate::mount::unmount::{InUse, unmount};
 use crate::report::{self, Origin, reason};
-
-/// How much longer than the daemon may take to end it is waited for.
-const MARGIN: Duration = Duration::from_secs(10);
-
-/// How long to wait between two looks whether the daemon has ended.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// End a mount.
 #[derive(Clone, Debug, Args)]
@@ -125,16 +118,12 @@ fn end_daemon(args: &UmountArgs, found: &Found) -> Result<String, Error> {
         // It may have ended meanwhile, which is what is wanted.
         let _ = process.map(|process| kill(process, Signal::SIGTERM));
     }
-    let deadline = Instant::now() + SHUTDOWN_LIMIT + MARGIN;
-    while found.is_alive() {
-        if Instant::now() > deadline {
-            return Err(Error::generic(format!(
-                "'{}' is unmounted, but its daemon (process {pid}) does not end",
-                mountpoint.display()
-            ))
-            .with_hint("What was written may not be on disk yet. Look at its storage."));
-        }
-        std::thread::sleep(LOOK_EVERY);
+    if !found.ends() {
+        return Err(Error::generic(format!(
+            "'{}' is unmounted, but its daemon (process {pid}) does not end",
+            mountpoint.display()
+        ))
+        .with_hint("What was written may not be on disk yet. Look at its storage."));
     }
     Ok(format!(
         "'{}' is unmounted from '{}'",

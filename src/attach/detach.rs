@@ -3,14 +3,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::Value;
 use stord_qmp::Error;
 
 use super::{cdi, in_use};
-use crate::lifecycle::SHUTDOWN_LIMIT;
 use crate::mount::handover::knock;
 use crate::mount::mountpoint::absolute;
 use crate::mount::registry::{Found, Registry};
@@ -20,11 +18,6 @@ use crate::report::{self, Origin, reason};
 pub const DETACH: &str = "detach";
 /// Take the device away.
 pub const FORCE: &str = "detach-force";
-
-/// How much longer than the daemon may take to end it is waited for.
-const MARGIN: Duration = Duration::from_secs(10);
-/// How long to wait between two looks whether the daemon has ended.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Detach a device.
 #[derive(Clone, Debug, Args)]
@@ -109,16 +102,12 @@ pub fn forget(found: &Found) {
 fn end_daemon(args: &DetachArgs, found: &Found, registry: &Registry) -> Result<String, Error> {
     let (device, pid) = (&found.entry.at, found.entry.pid);
     ask(device, pid, args.force, registry)?;
-    let deadline = Instant::now() + SHUTDOWN_LIMIT + MARGIN;
-    while found.is_alive() {
-        if Instant::now() > deadline {
-            return Err(Error::generic(format!(
-                "'{}' is detached, but its daemon (process {pid}) does not end",
-                device.display()
-            ))
-            .with_hint("Somebody may have it open still, or its storage does not respond. What was written may not be on disk yet."));
-        }
-        std::thread::sleep(LOOK_EVERY);
+    if !found.ends() {
+        return Err(Error::generic(format!(
+            "'{}' is detached, but its daemon (process {pid}) does not end",
+            device.display()
+        ))
+        .with_hint("Somebody may have it open still, or its storage does not respond. What was written may not be on disk yet."));
     }
     Ok(format!(
         "'{}' is detached from '{}'",

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -12,7 +13,13 @@ use serde_json::{Value, json};
 use stord_bridges::StateDirectory;
 use stord_qmp::Error;
 
+use crate::lifecycle::SHUTDOWN_LIMIT;
 use crate::report::reason;
+
+/// How much longer than a daemon may take to end it is waited for.
+pub const MARGIN: Duration = Duration::from_secs(10);
+/// How long to wait between two looks at an entry.
+pub const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// A mount, or a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +84,18 @@ impl Found {
             Flock::lock(file, FlockArg::LockSharedNonblock),
             Err((_, Errno::EWOULDBLOCK))
         )
+    }
+
+    /// Waits for the end of a process that has been told to end: false if it takes longer than it may.
+    pub fn ends(&self) -> bool {
+        let deadline = Instant::now() + SHUTDOWN_LIMIT + MARGIN;
+        while self.is_alive() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        true
     }
 
     /// Removes the entry of a process that is gone, and its socket.
